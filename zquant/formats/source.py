@@ -1,0 +1,131 @@
+"""Named tensors in files, read lazily: headers first, bytes only when asked for.
+
+A `WeightSource` knows every tensor's storage type, shape and place; `raw` hands out bytes without
+copying when the file is local. Bytes come through a `ByteReader`, so that a remote file read by
+ranges needs a new reader and nothing else.
+"""
+
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from zquant.errors import FormatError
+from zquant.quant.qtypes import QType
+
+__all__ = ["ByteReader", "LocalFile", "TensorInfo", "WeightSource"]
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class ByteReader(Protocol):
+    """Random access to the bytes of one file, local or remote."""
+
+    name: str
+    size: int
+
+    def read(self, offset: int, size: int) -> Bytes:
+        """`size` bytes from `offset` as uint8 `[size]`; a view where the file is mapped."""
+
+    def forget(self) -> None:
+        """Drop what is held in memory; later reads fetch again."""
+
+    def close(self) -> None:
+        """Give the file back; views that were handed out stay valid."""
+
+
+class LocalFile:
+    """A file on disk, mapped copy-on-write: views are writable arrays that never change the file.
+
+    Raises:
+        FormatError: the file cannot be opened or is empty.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = str(path)
+        try:
+            with open(path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                if self.size == 0:
+                    raise FormatError(f"{self.name}: the file is empty. Download or convert it again.")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise FormatError(f"{self.name}: cannot be opened ({error.strerror}).") from error
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+
+    def read(self, offset: int, size: int) -> Bytes:
+        """A view of `size` bytes from `offset`."""
+        assert 0 <= offset and 0 <= size and offset + size <= self.size
+        return self._bytes[offset : offset + size]
+
+    def forget(self) -> None:
+        """Drop the mapped pages from this process; the system may keep them cached."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Let go of the mapping; it ends when the last view is gone."""
+        self._bytes = np.empty(0, np.uint8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Where one tensor lies and how it is stored.
+
+    `shape` is in torch order (`[out, in]` for a linear weight); `offset` counts from the start of
+    the reader's file; the data are row-major and contiguous.
+    """
+
+    name: str
+    qtype: QType
+    shape: tuple[int, ...]
+    reader: ByteReader = field(repr=False, compare=False)
+    offset: int
+    nbytes: int
+
+    @property
+    def n_weights(self) -> int:
+        """Number of elements."""
+        n = 1
+        for dim in self.shape:
+            n *= dim
+        return n
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSource:
+    """All tensors of one file or one sharded folder, in file order.
+
+    `metadata` holds the file's key-value pairs (GGUF values, safetensors `__metadata__`).
+    """
+
+    path: Path
+    container: str  # "gguf" or "safetensors"
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, Any]
+    readers: tuple[ByteReader, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Stored bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def raw(self, name: str) -> Bytes:
+        """Stored bytes of tensor `name`, uint8 `[nbytes]`."""
+        info = self.tensors[name]
+        return info.reader.read(info.offset, info.nbytes)
+
+    def forget(self) -> None:
+        """Drop mapped pages; see `ByteReader.forget`."""
+        for reader in self.readers:
+            reader.forget()
+
+    def close(self) -> None:
+        """Close every file; views that were handed out stay valid."""
+        for reader in self.readers:
+            reader.close()
