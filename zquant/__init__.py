@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zquant.engine import Engine, RunRequest, RunResult
+    from zquant.engine import Engine
     from zquant.errors import (
         CheckpointError,
         DeviceError,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         PlanError,
         ZQuantError,
     )
+    from zquant.request import RunRequest, RunResult
 
 __version__ = "0.1.0"
 
@@ -29,8 +30,8 @@ _HOME = {
     "Engine": "zquant.engine",
     "FormatError": "zquant.errors",
     "PlanError": "zquant.errors",
-    "RunRequest": "zquant.engine",
-    "RunResult": "zquant.engine",
+    "RunRequest": "zquant.request",
+    "RunResult": "zquant.request",
     "ZQuantError": "zquant.errors",
 }
 

@@ -1,0 +1,1 @@
+"""Files -> named tensors, read lazily: GGUF, safetensors, and the names inside them."""

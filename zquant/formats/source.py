@@ -16,11 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from zquant.errors import FormatError
-from zquant.quant.qtypes import QType
+from zquant.quant.qtypes import QTYPES, QType
 
-__all__ = ["ByteReader", "LocalFile", "TensorInfo", "WeightSource"]
+__all__ = ["READABLE", "ByteReader", "LocalFile", "TensorInfo", "WeightSource", "quoted"]
 
 Bytes = npt.NDArray[np.uint8]
+
+READABLE = ", ".join(QTYPES)
+
+
+def quoted(text: object) -> str:
+    """`text` for a message: escaped, because files are not trusted, and cut to 80 characters."""
+    full = str(text)
+    return repr(full if len(full) <= 80 else full[:77] + "...")
 
 
 class ByteReader(Protocol):
@@ -49,28 +57,31 @@ class LocalFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = str(path)
         try:
-            with open(path, "rb") as file:
+            with Path(path).open("rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
                 if self.size == 0:
-                    raise FormatError(f"{self.name}: the file is empty. Download or convert it again.")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                    raise FormatError(
+                        f"{self.name}: the file is empty. Download or convert it again."
+                    )
+                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise FormatError(f"{self.name}: cannot be opened ({error.strerror}).") from error
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
 
     def read(self, offset: int, size: int) -> Bytes:
         """A view of `size` bytes from `offset`."""
-        assert 0 <= offset and 0 <= size and offset + size <= self.size
+        assert 0 <= offset <= offset + size <= self.size
         return self._bytes[offset : offset + size]
 
     def forget(self) -> None:
         """Drop the mapped pages from this process; the system may keep them cached."""
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Let go of the mapping; it ends when the last view is gone."""
         self._bytes = np.empty(0, np.uint8)
+        self._map = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

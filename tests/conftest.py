@@ -1,0 +1,27 @@
+"""Fixtures shared by all tests: generated checkpoints, and `tools/` on the import path."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+# two threads at most: results do not depend on it, machines that run tests are small
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An official-layout checkpoint of 31 M DiT weights, BF16; read-only, one for all tests."""
+    from make_checkpoint import Spec, make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), Spec(preset="tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_comfy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of `tiny_folder` as ComfyUI's three single files."""
+    from make_checkpoint import Spec, make_comfy
+
+    return make_comfy(tmp_path_factory.mktemp("tiny_comfy"), Spec(preset="tiny"))

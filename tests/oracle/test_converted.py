@@ -1,0 +1,168 @@
+"""Converted files against other readers: gguf-py decodes, diffusers and transformers run.
+
+The oracle of a quantized model is diffusers on the weights that gguf-py decodes from the same file.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import zquant
+from tests.oracle.conftest import paint, paint_ours, relative_l2
+
+pytestmark = [
+    pytest.mark.oracle,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:diffusers"),
+]
+
+# float32 on both sides, the same decoded weights; measured 1e-6
+SAME = 1e-5
+PROMPT = "a lighthouse at night"
+SIZE = {"width": 64, "height": 48}
+POLICIES = ["F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_0"]
+
+
+def decoded(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a GGUF file as float32, by gguf-py."""
+    tensors = {}
+    for t in gguf.GGUFReader(path).tensors:
+        values = gguf.quants.dequantize(np.asarray(t.data), t.tensor_type).astype(np.float32)
+        shape = [int(n) for n in reversed(t.shape)]
+        tensors[t.name] = torch.from_numpy(values.reshape(shape).copy())
+    return tensors
+
+
+def file_of(folder: Path, component: str) -> Path:
+    return folder / json.loads((folder / "model.json").read_text())["files"][component]
+
+
+def dit_weights(path: Path) -> dict[str, Tensor]:
+    """Under diffusers' names, by diffusers' own table for ComfyUI files."""
+    from diffusers.loaders.single_file_utils import (
+        convert_z_image_transformer_checkpoint_to_diffusers as to_diffusers,
+    )
+
+    weights = to_diffusers(decoded(path))
+    return {n: v.reshape(1, -1) if n.endswith("pad_token") else v for n, v in weights.items()}
+
+
+def text_encoder_weights(path: Path, model: torch.nn.Module) -> dict[str, Tensor]:
+    """Under Hugging Face names, by gguf-py's own table for Qwen3."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, model.config.num_hidden_layers)
+    values = decoded(path)
+    weights = {}
+    for name in model.state_dict():
+        weights[name] = values.pop(names.get_name(f"model.{name}", (".weight",)))
+    assert not values, f"no Hugging Face name for {sorted(values)}"
+    return weights
+
+
+def dequantized(oracle: Any, folder: Path) -> Any:
+    """The oracle's pipeline with the weights of a converted folder."""
+    from diffusers import AutoencoderKL, ZImagePipeline
+
+    transformer, text_encoder = map(copy.deepcopy, (oracle.transformer, oracle.text_encoder))
+    transformer.load_state_dict(dit_weights(file_of(folder, "dit")))
+    text_encoder.load_state_dict(
+        text_encoder_weights(file_of(folder, "text_encoder"), text_encoder)
+    )
+    vae_folder = Path(oracle.vae.config._name_or_path)
+    vae = AutoencoderKL.from_single_file(
+        str(file_of(folder, "vae")), config=str(vae_folder), torch_dtype=torch.float32
+    )
+    pipeline = ZImagePipeline(
+        scheduler=oracle.scheduler,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=oracle.tokenizer,
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_pictures_equal_diffusers_on_the_decoded_weights(
+    oracle: Any, convert: Callable[[str], Path], policy: str
+) -> None:
+    theirs = paint(dequantized(oracle, convert(policy)), PROMPT, **SIZE)
+    engine = zquant.Engine.open(convert(policy), device="cpu", compute_dtype="float32")
+    ours = paint_ours(engine, PROMPT, **SIZE)
+    engine.close()
+    assert relative_l2(ours.prompt_embeds, theirs.prompt_embeds) <= SAME
+    assert relative_l2(ours.latents, theirs.latents) <= SAME
+    assert np.abs(ours.images.astype(int) - theirs.images.astype(int)).max() <= 1
+
+
+def test_more_bits_are_closer_to_the_original(oracle: Any, convert: Callable[[str], Path]) -> None:
+    exact = paint(oracle, PROMPT, **SIZE).latents
+    errors = []
+    for policy in ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"):
+        engine = zquant.Engine.open(convert(policy), device="cpu", compute_dtype="float32")
+        errors.append(relative_l2(paint_ours(engine, PROMPT, **SIZE).latents, exact))
+        engine.close()
+    assert errors[0] <= 1e-5  # the checkpoint is BF16, nothing is lost
+    assert errors == sorted(errors)
+    assert errors[-1] < 0.5
+
+
+@pytest.mark.parametrize("policy", ["BF16", "Q8_0", "Q4_K_M"])
+def test_diffusers_reads_the_dit(
+    oracle: Any, convert: Callable[[str], Path], tiny_folder: Path, policy: str
+) -> None:
+    from diffusers import GGUFQuantizationConfig, ZImageTransformer2DModel
+
+    model = ZImageTransformer2DModel.from_single_file(
+        str(file_of(convert(policy), "dit")),
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        config=str(tiny_folder / "transformer"),
+        torch_dtype=torch.float32,
+    )
+    latents = torch.randn(16, 1, 6, 10, generator=torch.Generator().manual_seed(1))
+    caption = torch.randn(9, 256, generator=torch.Generator().manual_seed(2))
+    expected = copy.deepcopy(oracle.transformer)
+    expected.load_state_dict(dit_weights(file_of(convert(policy), "dit")))
+    with torch.inference_mode():
+        theirs, ours = (
+            m([latents], torch.tensor([0.3]), [caption], return_dict=False)[0][0]
+            for m in (expected, model)
+        )
+    assert relative_l2(ours, theirs) <= SAME
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning:transformers")
+@pytest.mark.parametrize("policy", ["BF16", "Q4_K_M"])
+def test_transformers_reads_the_text_encoder(
+    oracle: Any, convert: Callable[[str], Path], policy: str
+) -> None:
+    from transformers import AutoTokenizer, Qwen3Model
+
+    file = file_of(convert(policy), "text_encoder")
+    model = Qwen3Model.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    expected = text_encoder_weights(file, oracle.text_encoder)
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+    for key in ("rope_theta", "rms_norm_eps", "num_attention_heads", "head_dim"):
+        assert read(model.config, key) == read(oracle.text_encoder.config, key), key
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    text = "<|im_start|>user\na fox, 狐狸 don't 12<|im_end|>\n"
+    assert tokenizer(text).input_ids == oracle.tokenizer(text).input_ids
+
+
+def read(config: Any, key: str) -> float:
+    """A value of a transformers config; version 5 keeps the rope base in a dict."""
+    if key == "rope_theta" and getattr(config, "rope_parameters", None):
+        return float(config.rope_parameters["rope_theta"])
+    return float(getattr(config, key))

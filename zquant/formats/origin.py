@@ -1,0 +1,99 @@
+"""Where a model to convert comes from: a folder, single files, or a Hugging Face repository.
+
+official folder      transformer/ text_encoder/ vae/ scheduler/ tokenizer/
+converted folder     model.json and what it names
+single files         one per component, or one file with all of them
+Hugging Face id      owner/name or owner/name@revision, downloaded into the Hugging Face cache
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from zquant.errors import CheckpointError, ZQuantError
+from zquant.formats.detect import open_source
+from zquant.formats.model_folder import ModelFiles, Variant, find_model
+from zquant.formats.names import COMPONENTS, components_in
+
+__all__ = ["Origin", "find_origin"]
+
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """A file or folder per component; `variant` is None where the files do not say."""
+
+    label: str
+    paths: dict[str, Path]
+    variant: Variant | None
+    tokenizer: Path | None
+
+    def label_name(self, family: str) -> str:
+        """`general.name` of a file made from here: the last part of the label, or the family."""
+        return Path(self.label).name or family
+
+
+def find_origin(source: str | None, given: dict[str, Path]) -> Origin:
+    """Locate all three components.
+
+    Args:
+        source: folder, all-in-one file, or Hugging Face id; None if every component is given.
+        given: single files by component; they go before what `source` has.
+
+    Raises:
+        CheckpointError: a component is missing.
+        ZQuantError: a repository cannot be fetched.
+    """
+    found = Origin(label="", paths={}, variant=None, tokenizer=None)
+    if source is not None:
+        found = _located(source)
+    paths = {**found.paths, **given}
+    missing = [c for c in COMPONENTS if c not in paths]
+    if missing:
+        flags = ", ".join("--" + c.replace("_", "-") for c in missing)
+        raise CheckpointError(
+            f"{source or 'the given files'}: no source for {', '.join(missing)}. Give {flags}."
+        )
+    label = source or ", ".join(paths[c].name for c in COMPONENTS)
+    return Origin(label=label, paths=paths, variant=found.variant, tokenizer=found.tokenizer)
+
+
+def _located(source: str) -> Origin:
+    path = Path(source)
+    if path.is_dir():
+        return _from_folder(source, find_model(path))
+    if path.is_file():
+        opened = open_source(path)
+        paths = dict.fromkeys(components_in(opened), path)
+        opened.close()
+        return Origin(label=source, paths=paths, variant=None, tokenizer=None)
+    hub = _HUB_ID.fullmatch(source)
+    if not hub or path.suffix in (".safetensors", ".gguf", ".json"):
+        raise CheckpointError(
+            f"{source}: no such file or folder, and not a Hugging Face id such as "
+            f"Tongyi-MAI/Z-Image-Turbo. Check the path."
+        )
+    return _from_folder(source, find_model(_downloaded(hub[1], hub[2])))
+
+
+def _from_folder(label: str, files: ModelFiles) -> Origin:
+    paths = {"dit": files.dit, "text_encoder": files.text_encoder, "vae": files.vae}
+    return Origin(label=label, paths=paths, variant=files.variant, tokenizer=files.tokenizer)
+
+
+def _downloaded(repository: str, revision: str | None) -> Path:
+    """The repository's snapshot in the Hugging Face cache."""
+    from huggingface_hub import snapshot_download  # slow to import, needed only here
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:  # network, missing repository, not in the cache
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        at = f" --revision {revision}" if revision else ""
+        raise ZQuantError(
+            f"{repository}: cannot be fetched from Hugging Face ({reason}). On a machine with "
+            f"network run: hf download {repository}{at} --local-dir FOLDER, copy FOLDER here, "
+            f"and run: zquant convert FOLDER OUT"
+        ) from error

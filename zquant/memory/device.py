@@ -1,0 +1,133 @@
+"""What this machine has, and which dtype it multiplies well.
+
+Nothing here is decided silently: every choice comes with its reason, which `zquant run` prints.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from zquant.errors import DeviceError
+
+__all__ = ["COMPUTE_DTYPES", "Device", "peak_host_bytes", "probe"]
+
+COMPUTE_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+AUTO = "auto"
+CLEARLY_FASTER = 1.5  # a CPU must multiply bfloat16 this much faster before it is worth rounding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Where and in what dtype to compute, and why.
+
+    `vae_dtype` differs from `compute_dtype` for float16, in which the autoencoder is unproven.
+    """
+
+    torch_device: torch.device
+    compute_dtype: torch.dtype
+    reason: str
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """The autoencoder's dtype."""
+        return torch.float32 if self.compute_dtype == torch.float16 else self.compute_dtype
+
+    @property
+    def is_cuda(self) -> bool:
+        """Weights have to be copied to a GPU."""
+        return self.torch_device.type == "cuda"
+
+    @property
+    def name(self) -> str:
+        """The device as its maker calls it."""
+        if self.is_cuda:
+            return torch.cuda.get_device_name(self.torch_device)
+        return f"CPU, {torch.get_num_threads()} threads"
+
+    def peak_vram_bytes(self) -> int | None:
+        """Most bytes torch has reserved on the GPU since it was probed; None on a CPU."""
+        return torch.cuda.max_memory_reserved(self.torch_device) if self.is_cuda else None
+
+
+def probe(device: str = AUTO, compute_dtype: str = AUTO) -> Device:
+    """Choose device and dtype.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:1".
+        compute_dtype: "auto" or a key of `COMPUTE_DTYPES`.
+
+    Raises:
+        DeviceError: the device is unknown or absent, or the dtype is unknown.
+    """
+    chosen = _torch_device(device)
+    if compute_dtype == AUTO:
+        dtype, reason = _auto_dtype(chosen)
+    elif compute_dtype in COMPUTE_DTYPES:
+        dtype, reason = COMPUTE_DTYPES[compute_dtype], "as asked"
+    else:
+        raise DeviceError(
+            f"compute dtype {compute_dtype!r} is unknown. Use auto, {', '.join(COMPUTE_DTYPES)}."
+        )
+    if chosen.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(chosen)
+    return Device(torch_device=chosen, compute_dtype=dtype, reason=reason)
+
+
+def _torch_device(device: str) -> torch.device:
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == AUTO:
+        return torch.device("cuda", 0) if n_gpus else torch.device("cpu")
+    kind, _, index = device.partition(":")
+    if kind == "cpu" and not index:
+        return torch.device("cpu")
+    if kind != "cuda" or (index and not index.isdecimal()):
+        raise DeviceError(f"device {device!r} is unknown. Use auto, cpu, cuda or cuda:0.")
+    if int(index or 0) >= n_gpus:
+        found = f"{n_gpus} CUDA devices" if n_gpus else "no CUDA device"
+        raise DeviceError(
+            f"device {device!r} is not there: torch {torch.__version__} sees {found}. "
+            f"Use --device cpu, or install a torch build that matches the driver."
+        )
+    return torch.device("cuda", int(index or 0))
+
+
+def _auto_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        shown = "compute capability {}.{}".format(*capability)
+        if capability >= (8, 0):
+            return torch.bfloat16, f"{shown} multiplies bfloat16"
+        if capability >= (7, 0):
+            return torch.float16, f"{shown} multiplies float16, not bfloat16"
+        return torch.float32, f"{shown} multiplies neither bfloat16 nor float16 fast"
+    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    shown = f"this CPU multiplies bfloat16 at {ratio:.1f} times the float32 rate"
+    return (torch.bfloat16 if ratio > CLEARLY_FASTER else torch.float32), shown
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """Best of three products of 0.27 GFLOP."""
+    x, weight = torch.ones(128, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    times = []
+    for _ in range(4):  # the first one also pays for set-up
+        start = time.perf_counter()
+        x @ weight
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def peak_host_bytes() -> int | None:
+    """Most host memory this process has held, mapped pages included; None where unknown."""
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

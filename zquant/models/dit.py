@@ -1,0 +1,316 @@
+"""The Z-Image diffusion transformer.
+
+Two noise-refiner blocks see the image tokens, two context-refiner blocks the caption tokens, then
+all layers see both. What depends on the prompt alone (`prepare`) or on the schedule alone
+(`modulate`) is computed once, outside the denoising loop. Attribute names are the checkpoint's.
+
+The residual stream, norms, modulation, embedders and the final layer are float32; only the linears
+of blocks and attention run in `compute_dtype`. Sequences are processed without masks: the pads up
+to a multiple of 32 are real participants in this model.
+
+Not here: the Omni/Edit inputs and ControlNet.
+
+Source: Z-Image official repository and diffusers `ZImageTransformer2DModel`, as facts.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zquant.layers.attention import attention
+from zquant.layers.linear import QuantLinear
+from zquant.layers.norm import RMSNorm
+from zquant.layers.rope import axis_angles, rotate_pairs
+from zquant.layers.swiglu import input_scale, swiglu
+from zquant.models.config import DiTConfig
+
+__all__ = ["DiT", "Modulation", "Prompt"]
+
+SEQUENCE_MULTIPLE = 32
+FINAL_NORM_EPS = 1e-6
+TIME_FEATURES = 256
+
+Rope = tuple[Tensor, Tensor]  # cos, sin: float32 [L, head_dim / 2]
+Observer = Callable[[str, Tensor], None]  # called with a block's name and its output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modulation:
+    """Everything the timestep decides, for one step.
+
+    `blocks[name]` is float32 `[4, dim]`: 1 + scale_msa, tanh(gate_msa), 1 + scale_mlp,
+    tanh(gate_mlp).
+    `final` is float32 `[dim]`: 1 + scale of the final layer.
+    """
+
+    blocks: dict[str, Tensor]
+    final: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Everything the prompt and the picture size decide.
+
+    `tokens` are the refined caption tokens, float32 `[1, T', dim]`, T' a multiple of 32.
+    """
+
+    tokens: Tensor
+    image_rope: Rope
+    rope: Rope
+
+
+class Attention(nn.Module):
+    """Full self-attention with RMSNorm and rotation on q and k."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.n_heads = config.n_heads
+        self.to_q, self.to_k, self.to_v = (QuantLinear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([QuantLinear(dim, dim)])
+        self.norm_q = RMSNorm(config.head_dim, config.norm_eps)
+        self.norm_k = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        """`[B, L, dim]` to `[B, L, dim]`; the result keeps the input's scale."""
+        scale = input_scale(x.dtype)
+        heads = (self.n_heads, -1)
+        q = rotate_pairs(self.norm_q(self.to_q(x).unflatten(-1, heads), scale=scale), *rope)
+        k = rotate_pairs(self.norm_k(self.to_k(x).unflatten(-1, heads), scale=scale), *rope)
+        out: Tensor = self.to_out[0](attention(q, k, self.to_v(x).unflatten(-1, heads)))
+        return out
+
+
+class FeedForward(nn.Module):
+    """w2( silu(w1 x) * (w3 x) )."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.w1 = QuantLinear(config.dim, config.hidden_dim)
+        self.w2 = QuantLinear(config.hidden_dim, config.dim)
+        self.w3 = QuantLinear(config.dim, config.hidden_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:
+        """`[B, L, dim]` to `[B, L, dim]` and its scale."""
+        return swiglu(x, self.w1, self.w3, self.w2)
+
+
+class Block(nn.Module):
+    """One transformer block: the unit of streaming."""
+
+    def __init__(self, config: DiTConfig, *, modulated: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2 = (
+            RMSNorm(config.dim, config.norm_eps) for _ in range(4)
+        )
+        if modulated:
+            projection = QuantLinear(config.adaln_dim, 4 * config.dim, bias=True)
+            self.adaLN_modulation = nn.ModuleList([projection])
+
+    def forward(
+        self, x: Tensor, rope: Rope, modulation: Sequence[Tensor] | None, dtype: torch.dtype
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            x: float32 `[B, L, dim]`, the residual stream; not modified.
+            rope: tables of `L` tokens.
+            modulation: four float32 `[dim]` vectors, or None for the context refiner.
+            dtype: of the linears and the attention.
+        """
+        scale = input_scale(dtype)
+        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation or (1.0, 1.0, 1.0, 1.0)
+        h = (self.attention_norm1(x) * (scale_msa * scale)).to(dtype)
+        h = self.attention_norm2(self.attention(h, rope), scale=scale)
+        x = x + h * gate_msa
+        h = (self.ffn_norm1(x) * (scale_mlp * scale)).to(dtype)
+        h, out_scale = self.feed_forward(h)
+        return x + self.ffn_norm2(h, scale=out_scale) * gate_mlp
+
+
+class TimeEmbedder(nn.Module):
+    """Sinusoid and two linears: `[S]` times to float32 `[S, adaln_dim]`."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        first = QuantLinear(TIME_FEATURES, 1024, bias=True)
+        self.mlp = nn.ModuleList([first, nn.SiLU(), QuantLinear(1024, config.adaln_dim, bias=True)])
+
+    def forward(self, times: Tensor) -> Tensor:
+        """`times` are tau * t_scale, float32."""
+        half = TIME_FEATURES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=times.device)
+        angles = times[:, None] * torch.exp(steps * (-math.log(10000) / half))
+        h = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        for layer in self.mlp:
+            h = layer(h)
+        return h
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and the projection to patches."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        features = config.in_channels * config.patch_size**2
+        self.linear = QuantLinear(config.dim, features, bias=True)
+        scale = QuantLinear(config.adaln_dim, config.dim, bias=True)
+        self.adaLN_modulation = nn.ModuleList([nn.SiLU(), scale])
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """float32 `[B, L, dim]` to `[B, L, features]`."""
+        out: Tensor = self.linear(F.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS) * scale)
+        return out
+
+
+class DiT(nn.Module):
+    """The whole transformer; build it on the meta device and load it with `zquant.models.build`."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        dim, patch = config.dim, f"{config.patch_size}-1"
+        features = config.in_channels * config.patch_size**2
+        self.all_x_embedder = nn.ModuleDict({patch: QuantLinear(features, dim, bias=True)})
+        self.all_final_layer = nn.ModuleDict({patch: FinalLayer(config)})
+        self.t_embedder = TimeEmbedder(config)
+        norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
+        self.cap_embedder = nn.ModuleList([norm, QuantLinear(config.cap_feat_dim, dim, bias=True)])
+        self.x_pad_token = nn.Parameter(torch.empty(1, dim), requires_grad=False)
+        self.cap_pad_token = nn.Parameter(torch.empty(1, dim), requires_grad=False)
+        self.noise_refiner = _blocks(config, config.n_refiner_layers, modulated=True)
+        self.context_refiner = _blocks(config, config.n_refiner_layers, modulated=False)
+        self.layers = _blocks(config, config.n_layers, modulated=True)
+
+    def modulate(self, taus: Tensor) -> list[Modulation]:
+        """Modulation of every step of a schedule.
+
+        Args:
+            taus: float32 `[S]`, 1 - sigma, on the module's device.
+        """
+        c = self.t_embedder(taus * self.config.t_scale)  # [S, adaln_dim]
+        blocks: dict[str, Tensor] = {}
+        for name, block in self._modulated():
+            m = block.adaLN_modulation[0](c).unflatten(-1, (4, -1))  # [S, 4, dim]
+            m[:, 0::2] += 1
+            m[:, 1::2].tanh_()
+            blocks[name] = m
+        final = c
+        for layer in next(iter(self.all_final_layer.values())).adaLN_modulation:
+            final = layer(final)
+        return [
+            Modulation(blocks={n: m[s] for n, m in blocks.items()}, final=1 + final[s])
+            for s in range(len(taus))
+        ]
+
+    def prepare(self, prompt_embeds: Tensor, height: int, width: int) -> Prompt:
+        """Refine a caption and lay out the tokens of a picture.
+
+        Args:
+            prompt_embeds: float32 `[T, cap_feat_dim]`, T >= 1, on the module's device.
+            height: of the latents, even.
+            width: of the latents, even.
+        """
+        x = prompt_embeds.float()
+        for layer in self.cap_embedder:
+            x = layer(x)
+        x = _pad(x[None], self.cap_pad_token)
+        positions = _positions(x.shape[1], height // 2, width // 2)
+        ropes = axis_angles(positions, self.config.axes_dims, self.config.rope_theta).to(x.device)
+        n_image = len(positions) - x.shape[1]
+        rope, image_rope, caption_rope = (
+            (a.cos(), a.sin()) for a in (ropes, ropes[:n_image], ropes[n_image:])
+        )
+        for block in self.context_refiner:
+            x = block(x, caption_rope, None, self.compute_dtype)
+        return Prompt(tokens=x, image_rope=image_rope, rope=rope)
+
+    def velocity(
+        self,
+        latents: Tensor,
+        modulation: Modulation,
+        prompt: Prompt,
+        observe: Observer | None = None,
+    ) -> Tensor:
+        """The velocity d latents / d sigma (the network's output, negated).
+
+        Args:
+            latents: float32 `[B, C, H, W]`.
+            modulation: of this step.
+            prompt: of this caption and size.
+            observe: called with every block's name and output, to find where numbers go wrong.
+
+        Returns:
+            float32 `[B, C, H, W]`.
+        """
+        _, _, height, width = latents.shape
+        n_image = height * width // 4
+        x = _pad(next(iter(self.all_x_embedder.values()))(_patchify(latents)), self.x_pad_token)
+        n_padded = x.shape[1]
+        x = self._run("noise_refiner", x, prompt.image_rope, modulation, observe)
+        x = torch.cat((x, prompt.tokens.expand(len(x), -1, -1)), dim=1)
+        x = self._run("layers", x, prompt.rope, modulation, observe)[:, :n_padded]
+        x = next(iter(self.all_final_layer.values()))(x[:, :n_image], modulation.final)
+        return -_unpatchify(x, height, width)
+
+    def forward(self, latents: Tensor, tau: float, prompt_embeds: Tensor) -> Tensor:
+        """The raw network output, once: float32 `[B, C, H, W]`; see `velocity` for the loop."""
+        prompt = self.prepare(prompt_embeds, *latents.shape[-2:])
+        taus = torch.tensor([tau], dtype=torch.float32, device=latents.device)
+        return -self.velocity(latents, self.modulate(taus)[0], prompt)
+
+    def _run(
+        self, stack: str, x: Tensor, rope: Rope, modulation: Modulation, observe: Observer | None
+    ) -> Tensor:
+        """All blocks of one stack, in order."""
+        for i, block in enumerate(getattr(self, stack)):
+            name = f"{stack}.{i}"
+            x = block(x, rope, modulation.blocks[name].unbind(), self.compute_dtype)
+            if observe is not None:
+                observe(name, x)
+        return x
+
+    def _modulated(self) -> list[tuple[str, Block]]:
+        """Names and blocks that the timestep modulates."""
+        stacks = (("noise_refiner", self.noise_refiner), ("layers", self.layers))
+        return [(f"{stack}.{i}", b) for stack, blocks in stacks for i, b in enumerate(blocks)]
+
+
+def _blocks(config: DiTConfig, n: int, *, modulated: bool) -> nn.ModuleList:
+    return nn.ModuleList([Block(config, modulated=modulated) for _ in range(n)])
+
+
+def _pad(x: Tensor, token: Tensor) -> Tensor:
+    """Append copies of `token [1, dim]` to `x [B, L, dim]` up to a multiple of 32."""
+    n = -x.shape[1] % SEQUENCE_MULTIPLE
+    return torch.cat((x, token.expand(len(x), n, -1)), dim=1) if n else x
+
+
+def _positions(n_caption: int, rows: int, columns: int) -> Tensor:
+    """int64 `[L, 3]` positions (t, y, x) of the image tokens, image pads, then caption tokens."""
+    n_image = rows * columns
+    positions = torch.zeros(n_image + -n_image % SEQUENCE_MULTIPLE + n_caption, 3, dtype=torch.long)
+    positions[:n_image, 0] = n_caption + 1
+    positions[:n_image, 1] = torch.arange(rows).repeat_interleave(columns)
+    positions[:n_image, 2] = torch.arange(columns).repeat(rows)
+    positions[-n_caption:, 0] = 1 + torch.arange(n_caption)
+    return positions
+
+
+def _patchify(latents: Tensor) -> Tensor:
+    """`[B, C, H, W]` to `[B, H / 2 * W / 2, 4 C]`, features in the order (ph, pw, c)."""
+    x = latents.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # [B, C, h, ph, w, pw]
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def _unpatchify(x: Tensor, height: int, width: int) -> Tensor:
+    """Inverse of `_patchify`."""
+    x = x.view(len(x), height // 2, width // 2, 2, 2, -1)  # [B, h, w, ph, pw, C]
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height, width)

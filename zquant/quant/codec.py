@@ -1,0 +1,134 @@
+"""Quantize and decode tensors of any qtype: one table, checks, and work in cache-sized chunks.
+
+Bytes are those of ggml's reference quantizers without importance weights; decoding is done in fp32
+in ggml's order of operations and rounded once to the requested dtype.
+
+Every qtype module has the same two functions: `quantize(weights)` for whole rows, and
+`dequantize(qblocks, out)` for a list of qblocks. A new qtype is a new module and a line in
+`_MODULES`.
+"""
+
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from zquant.quant import floats, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
+from zquant.quant.qtypes import QType
+
+__all__ = ["DECODED_DTYPES", "dequantize", "quantize"]
+
+DECODED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_MODULES: dict[str, ModuleType] = {
+    "Q8_0": q8_0,
+    "Q6_K": q6_k,
+    "Q5_K": q5_k,
+    "Q4_K": q4_k,
+    "Q5_0": q5_0,
+    "Q4_0": q4_0,
+}
+
+# weights per chunk: temporaries stay in the cache of a CPU core, calls into torch stay rare
+QUANTIZE_CHUNK = 1 << 18
+DECODE_CHUNK_CPU = 1 << 17
+# an accelerator only needs a bound on the temporaries
+DECODE_CHUNK = 1 << 23
+
+
+def quantize(weights: npt.NDArray[np.float32], qtype: QType) -> npt.NDArray[np.uint8]:
+    """Store weights as `qtype`, byte for byte as ggml's reference does.
+
+    Args:
+        weights: float32 `[N, K]`, K a multiple of the qblock; any strides.
+        qtype: storage type.
+
+    Returns:
+        uint8 `[N, row_bytes]`, contiguous, never a view of `weights`.
+
+    Raises:
+        ValueError: wrong dtype or number of dimensions, or a row that is not whole qblocks.
+    """
+    if weights.dtype != np.float32 or weights.ndim != 2:
+        raise ValueError(
+            f"quantize needs float32 weights [N, K]; got {weights.dtype} {list(weights.shape)}"
+        )
+    n_rows, n_columns = weights.shape
+    packed = np.empty((n_rows, qtype.row_bytes(n_columns)), np.uint8)
+    step = max(1, QUANTIZE_CHUNK // max(1, n_columns))
+    for row in range(0, n_rows if packed.size else 0, step):
+        chunk = np.ascontiguousarray(weights[row : row + step])
+        if qtype.is_float:
+            packed[row : row + step] = floats.quantize(chunk, floats.FLOAT_DTYPES[qtype.name])
+        else:
+            packed[row : row + step] = _MODULES[qtype.name].quantize(chunk)
+    return packed
+
+
+def dequantize(
+    packed: torch.Tensor, qtype: QType, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Decode stored weights; equal bit for bit to ggml's decoder rounded once to `dtype`.
+
+    Args:
+        packed: uint8 or int8 `[N, row_bytes]` on any device; any strides.
+        qtype: storage type.
+        dtype: float32, float16 or bfloat16.
+        out: contiguous `[N, K]` of `dtype` on the same device, written and returned; saves the
+            allocation.
+
+    Returns:
+        `[N, K]` of `dtype` on the device of `packed`.
+
+    Raises:
+        ValueError: a wrong dtype or shape, or a row that is not whole qblocks.
+    """
+    shape = _decoded_shape(packed, qtype, dtype)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
+    elif out.shape != shape or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous {dtype} {list(shape)}; got {out.dtype} {list(out.shape)}"
+        )
+    chunk = DECODE_CHUNK_CPU if packed.device.type == "cpu" else DECODE_CHUNK
+    step = max(1, chunk // max(1, shape[1]))
+    scratch = None
+    for row in range(0, shape[0] if out.numel() else 0, step):
+        part, target = _aligned(packed[row : row + step]), out[row : row + step]
+        if qtype.is_float:
+            floats.dequantize(part, floats.FLOAT_DTYPES[qtype.name], target)
+            continue
+        decoded = target
+        if dtype != torch.float32:
+            if scratch is None:
+                scratch = torch.empty_like(target, dtype=torch.float32)
+            decoded = scratch[: len(target)]
+        qblocks = part.view(-1, qtype.qblock_bytes)
+        _MODULES[qtype.name].dequantize(qblocks, decoded.view(-1, qtype.qblock))
+        if decoded is not target:
+            target.copy_(decoded)
+    return out
+
+
+def _decoded_shape(packed: torch.Tensor, qtype: QType, dtype: torch.dtype) -> torch.Size:
+    """Check the arguments of `dequantize`; the shape of its result."""
+    if packed.dtype not in (torch.uint8, torch.int8) or packed.ndim != 2:
+        raise ValueError(
+            f"dequantize needs uint8 bytes [N, row_bytes]; got {packed.dtype} {list(packed.shape)}"
+        )
+    if dtype not in DECODED_DTYPES:
+        raise ValueError(f"weights decode to float32, float16 or bfloat16, not {dtype}")
+    n_qblocks, rest = divmod(packed.shape[1], qtype.qblock_bytes)
+    if rest:
+        raise ValueError(
+            f"{qtype} stores qblocks of {qtype.qblock_bytes} bytes;"
+            f" a row of {packed.shape[1]} bytes does not divide"
+        )
+    return torch.Size((packed.shape[0], n_qblocks * qtype.qblock))
+
+
+def _aligned(part: torch.Tensor) -> torch.Tensor:
+    """Contiguous uint8 whose start in its storage suits every field, copied only when needed."""
+    part = part.view(torch.uint8).contiguous()
+    return part.clone() if part.storage_offset() % 4 else part

@@ -1,0 +1,103 @@
+"""What Q4_K and Q5_K share: eight sub-blocks of 32 weights with 6-bit scales and minimums.
+
+    w[e] = (d * sc[s]) * q[e] - (dmin * mn[s])        s = e // 32
+
+Packing of the 12 bytes b, for j in 0..3 (bits from the least significant):
+
+    b[j]      bits 0-5 sc[j]                bits 6-7 high bits of sc[j+4]
+    b[j+4]    bits 0-5 mn[j]                bits 6-7 high bits of mn[j+4]
+    b[j+8]    bits 0-3 low bits of sc[j+4]  bits 4-7 low bits of mn[j+4]
+
+Source: ggml `block_q4_K`, `get_scale_min_k4`, `quantize_row_q4_K_ref`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from zquant.quant.search import MIN_GROUPS, OffsetGrid, column_sums, search_offset
+
+__all__ = ["SUBBLOCK", "OffsetQBlocks", "fit_offset_qblocks", "header", "read_scales"]
+
+SUBBLOCK = 32  # weights that share one 6-bit scale
+TOP = 63  # largest 6-bit scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffsetQBlocks:
+    """Fields of n qblocks before packing."""
+
+    d: torch.Tensor  # float16 [n]
+    dmin: torch.Tensor  # float16 [n]
+    scales: torch.Tensor  # uint8 [n, 8]
+    mins: torch.Tensor  # uint8 [n, 8]
+    q: torch.Tensor  # uint8 [n, 8, 32]
+
+
+def fit_offset_qblocks(weights: npt.NDArray[np.float32], grid: OffsetGrid) -> OffsetQBlocks:
+    """Quantize float32 `[..., 256*n]`: search per sub-block, then 6-bit scales, then the levels."""
+    groups = torch.from_numpy(weights).reshape(-1, SUBBLOCK)
+    columns = groups.t().contiguous()
+    scale, minimum, _ = search_offset(columns, _error_weights(columns), grid)
+    d, scales = _six_bit(scale)
+    dmin, mins = _six_bit(minimum)
+    delta = (d.float()[:, None] * scales.float()).reshape(-1, 1)
+    theta = (dmin.float()[:, None] * mins.float()).reshape(-1, 1)
+    lost = (delta == 0).flatten()
+    delta.masked_fill_(lost[:, None], 1)
+    q = (groups + theta).div_(delta).round_().clamp_(0, grid.top).to(torch.uint8)
+    if lost.any():
+        q[lost] = _search_levels(columns[:, lost], grid)
+    return OffsetQBlocks(d=d, dmin=dmin, scales=scales, mins=mins, q=q.view(-1, 8, SUBBLOCK))
+
+
+def _error_weights(columns: torch.Tensor) -> torch.Tensor:
+    """Root mean square of the group plus the magnitude of the weight."""
+    weights = columns * columns
+    rms = np.sqrt(column_sums(weights) / np.float32(SUBBLOCK))
+    return torch.abs(columns, out=weights).add_(torch.from_numpy(rms))
+
+
+def _six_bit(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight values per qblock as a float16 unit `[n]` and 6-bit multiples `[n, 8]`."""
+    values = values.view(-1, 8)
+    largest = values.amax(dim=1).clamp_(min=0) + 0.0  # the sum turns -0 into +0
+    top = torch.tensor(float(TOP))
+    inverse = torch.div(top, largest).masked_fill_(largest == 0, 0)
+    multiples = (inverse[:, None] * values).round_().to(torch.int32)
+    # ggml keeps them in a byte before limiting: a negative multiple becomes the largest
+    return largest.div(top).half(), multiples.bitwise_and_(255).clamp_(max=TOP).to(torch.uint8)
+
+
+def _search_levels(columns: torch.Tensor, grid: OffsetGrid) -> torch.Tensor:
+    """Levels of groups whose stored scale is 0: ggml keeps those of the search, uint8 `[n, 32]`."""
+    count = columns.shape[1]
+    if count < MIN_GROUPS:
+        columns = columns.repeat(1, MIN_GROUPS)
+    columns = columns.contiguous()
+    _, _, levels = search_offset(columns, _error_weights(columns), grid, keep_levels=True)
+    assert levels is not None
+    return levels[:, :count].t().to(torch.uint8)
+
+
+def header(fields: OffsetQBlocks) -> torch.Tensor:
+    """The first 16 bytes of each qblock: d, dmin and the packed 6-bit numbers, uint8 `[n, 16]`."""
+    sc, mn = fields.scales, fields.mins
+    low = torch.cat([sc[:, :4], mn[:, :4]], dim=1) | torch.cat(
+        [(sc[:, 4:] >> 4) << 6, (mn[:, 4:] >> 4) << 6], dim=1
+    )
+    high = (sc[:, 4:] & 15) | ((mn[:, 4:] & 15) << 4)
+    units = torch.stack([fields.d, fields.dmin], dim=1).view(torch.uint8)
+    return torch.cat([units, low, high], dim=1)
+
+
+def read_scales(qblocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and minimums of uint8 `[n, qblock_bytes]`, multiplied out, as float32 `[n, 8]` each."""
+    units = qblocks[:, :4].contiguous().view(torch.float16).float()  # [n, 2]
+    b = qblocks[:, 4:16].contiguous()
+    low, high = b[:, :8] & 63, (b[:, :8] >> 6) << 4  # sc[0:4] mn[0:4], high bits of [4:8]
+    sc = torch.cat([low[:, :4], high[:, :4] | (b[:, 8:] & 15)], dim=1)
+    mn = torch.cat([low[:, 4:], high[:, 4:] | (b[:, 8:] >> 4)], dim=1)
+    return units[:, :1] * sc.float(), units[:, 1:] * mn.float()

@@ -1,0 +1,91 @@
+"""Q6_K: 256 weights in 210 bytes; 6-bit signed levels, sixteen 8-bit scales.
+
+    byte 0 ql[128], 128 qh[64], 192 int8 scales[16], 208 half d
+    w[e] = (d * scales[e//16]) * (q[e] - 32)
+    with n = e//128, k = (e%128)//32, l = e%32:
+    q[e] = nibble of ql[64*n + 32*(k%2) + l] (low for k < 2, high otherwise)
+           + 16 * (bits 2k and 2k+1 of qh[32*n + l])
+
+Source: ggml `block_q6_K`, `quantize_row_q6_K_ref`, `dequantize_row_q6_K`.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from zquant.quant.search import MIN_GROUPS, TINY, search_signed
+
+__all__ = ["dequantize", "quantize"]
+
+SUBBLOCK = 16  # weights that share one 8-bit scale
+HALF = 32  # levels are -32..31
+HIGH_SHIFTS = (4, 2, 0, -2)  # left shifts that bring bits 2k, 2k+1 to bits 4, 5
+
+
+def quantize(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Quantize float32 `[N, K]`, contiguous, K a multiple of 256, to uint8 `[N, 210*K/256]`."""
+    groups = torch.from_numpy(weights).reshape(-1, SUBBLOCK)
+    columns = groups.t().contiguous()
+    scale, _ = search_signed(columns, columns * columns, HALF)
+    d, scales, empty = _eight_bit(scale.view(-1, 16))
+    delta = (d.float()[:, None] * scales.float()).view(-1, 1)
+    lost = (delta == 0).flatten()
+    q = (groups / delta.masked_fill(lost[:, None], 1)).round_().clamp_(-HALF, HALF - 1)
+    q = q.add_(HALF).to(torch.uint8)
+    if lost.any():
+        q[lost] = _search_levels(columns[:, lost])
+    packed = torch.cat([_pack(q.view(-1, 2, 4, 32)), scales.view(torch.uint8), _bytes(d)], dim=1)
+    packed[empty] = 0
+    result: npt.NDArray[np.uint8] = packed.numpy()
+    return result.reshape(len(weights), -1)
+
+
+def _eight_bit(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sixteen scales per qblock as a float16 unit, int8 multiples, and which qblocks are empty."""
+    at = scale.abs().argmax(dim=1, keepdim=True)
+    largest = scale.gather(1, at)
+    empty = largest.abs() < TINY
+    t = torch.div(torch.tensor(-128.0), largest.masked_fill_(empty, 1))
+    multiples = (t * scale).round_().clamp_(max=127).to(torch.int8)
+    d = torch.div(torch.tensor(1.0), t).half()
+    return d.flatten(), multiples, empty.flatten()
+
+
+def _search_levels(columns: torch.Tensor) -> torch.Tensor:
+    """Levels of groups whose stored scale is 0: ggml keeps those of the search, uint8 `[n, 16]`."""
+    count = columns.shape[1]
+    if count < MIN_GROUPS:
+        columns = columns.repeat(1, MIN_GROUPS)
+    columns = columns.contiguous()
+    _, levels = search_signed(columns, columns * columns, HALF, keep_levels=True)
+    assert levels is not None
+    return levels[:, :count].t().to(torch.uint8)
+
+
+def _pack(q: torch.Tensor) -> torch.Tensor:
+    """Levels 0..63, uint8 `[n, 2, 4, 32]`, as ql and qh, uint8 `[n, 192]`."""
+    low = (q[:, :, :2] & 15) | (q[:, :, 2:] << 4)  # [n, 2, 2, 32]
+    high = q >> 4
+    qh = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)
+    return torch.cat([low.view(-1, 128), qh.view(-1, 64)], dim=1)
+
+
+def _bytes(d: torch.Tensor) -> torch.Tensor:
+    """Float16 `[n]` as uint8 `[n, 2]`."""
+    return d[:, None].view(torch.uint8)
+
+
+def dequantize(qblocks: torch.Tensor, out: torch.Tensor) -> None:
+    """Decode uint8 `[n, 210]` into float32 `out [n, 256]`, both contiguous on one device."""
+    ql = qblocks[:, :128].view(-1, 2, 2, 32)
+    qh = qblocks[:, 128:192].contiguous().view(-1, 2, 32)
+    q = torch.empty(len(qblocks), 2, 4, 32, dtype=torch.uint8, device=qblocks.device)
+    torch.bitwise_and(ql, 15, out=q[:, :, :2])
+    torch.bitwise_right_shift(ql, 4, out=q[:, :, 2:])
+    for k, shift in enumerate(HIGH_SHIFTS):
+        high = qh << shift if shift > 0 else qh >> -shift
+        q[:, :, k].bitwise_or_(high.bitwise_and_(48))
+    d = qblocks[:, 208:].contiguous().view(torch.float16).float()
+    scale = d * qblocks[:, 192:208].contiguous().view(torch.int8).float()
+    levels = q.view(torch.int8).sub_(HALF).view(-1, 16, SUBBLOCK)
+    out.view(-1, 16, SUBBLOCK).copy_(levels).mul_(scale[:, :, None])

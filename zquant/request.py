@@ -1,0 +1,131 @@
+"""What to paint, and what was painted.
+
+A request names the picture; `None` fields take the model's own defaults when it runs. Sizes are
+pixels; presets are the sizes the model was made for.
+
+Source: size presets of the official Z-Image demo.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+__all__ = ["MAX_PIXELS", "PIXEL_MULTIPLE", "PRESETS", "RunRequest", "RunResult"]
+
+PIXEL_MULTIPLE = 16
+MAX_PIXELS = 8192  # per side: 512 positions per axis of the checkpoint's tables, 16 pixels each
+
+_LANDSCAPE = {
+    "720": ("720x720", "896x512", "832x544", "800x576"),
+    "1024": ("1024x1024", "1152x896", "1152x864", "1248x832", "1280x720", "1344x576"),
+    "1280": ("1280x1280", "1440x1120", "1472x1104", "1536x1024", "1536x864", "1680x720"),
+    "1536": ("1536x1536", "1728x1344", "1728x1296", "1872x1248", "2048x1152", "2016x864"),
+}
+
+
+def _presets() -> dict[str, tuple[int, int]]:
+    """Name -> (width, height): every size, its transpose, and each group's square by its edge."""
+    sizes = {}
+    for group, names in _LANDSCAPE.items():
+        sizes[group] = (int(group), int(group))
+        for name in names:
+            width, height = (int(edge) for edge in name.split("x"))
+            sizes[name], sizes[f"{height}x{width}"] = (width, height), (height, width)
+    return sizes
+
+
+PRESETS = _presets()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """What to paint. Fields that are None take the model's own defaults.
+
+    Attributes:
+        prompt: what to paint.
+        negative_prompt: what to avoid; used only when guidance is on.
+        width: pixels, a multiple of 16.
+        height: pixels, a multiple of 16.
+        steps: denoising steps.
+        seed: of the first picture; None draws one, and the result tells it.
+        count: pictures; picture i uses `seed + i`.
+        guidance_scale: diffusers' scale (0 is off; A1111's CFG scale minus 1).
+        cfg_normalization: 0 is off; k limits the guided velocity's norm to k times the unguided.
+        cfg_truncation: guidance is off in steps whose tau (1 - sigma) exceeds it.
+        shift: of the sigma schedule.
+        initial_latents: float32 `[count, C, H / 8, W / 8]` instead of seeded noise.
+        keep_latents: keep the latents after every step.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int = 1024
+    height: int = 1024
+    steps: int | None = None
+    seed: int | None = None
+    count: int = 1
+    guidance_scale: float | None = None
+    cfg_normalization: float = 0.0
+    cfg_truncation: float = 1.0
+    shift: float | None = None
+    initial_latents: Tensor | None = None
+    keep_latents: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty; describe the picture")
+        for name, pixels in (("width", self.width), ("height", self.height)):
+            _check_pixels(name, pixels)
+        for name, number in (("steps", self.steps), ("count", self.count)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}; it must be at least 1")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1")
+        for name, value in (
+            ("guidance_scale", self.guidance_scale),
+            ("cfg_normalization", self.cfg_normalization),
+            ("cfg_truncation", self.cfg_truncation),
+        ):
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value}; it must be a number from 0")
+        if self.shift is not None and not 0 < self.shift < float("inf"):
+            raise ValueError(f"shift is {self.shift}; it must be a positive number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What was painted, and how.
+
+    Attributes:
+        images: one per picture.
+        recipes: per picture, everything needed to paint it again; goes into the PNG.
+        latents: float32 `[steps, count, C, H / 8, W / 8]` after each step, when kept.
+        prompt_embeds: float32 `[T, width]` of the prompt, then of the negative prompt if used.
+        seed: of the first picture.
+        timings: seconds per phase; `steps` lists every step of every picture.
+        peak_host_bytes: most memory of the process so far, mapped pages included.
+        peak_vram_bytes: most bytes torch reserved on the GPU; None on a CPU.
+        notices: what the user should know, such as a prompt that was cut.
+    """
+
+    images: list[Image.Image]
+    recipes: list[dict[str, Any]]
+    latents: Tensor | None
+    prompt_embeds: list[Tensor]
+    seed: int
+    timings: dict[str, Any]
+    peak_host_bytes: int | None
+    peak_vram_bytes: int | None
+    notices: list[str] = field(default_factory=list)
+
+
+def _check_pixels(name: str, pixels: int) -> None:
+    if pixels % PIXEL_MULTIPLE or not PIXEL_MULTIPLE <= pixels <= MAX_PIXELS:
+        low = min(max(pixels // PIXEL_MULTIPLE, 1) * PIXEL_MULTIPLE, MAX_PIXELS)
+        high = min(low + PIXEL_MULTIPLE, MAX_PIXELS)
+        raise ValueError(
+            f"{name} is {pixels}; it must be a multiple of 16 from 16 to {MAX_PIXELS}. "
+            f"Nearest: {low} or {high}"
+        )

@@ -1,0 +1,78 @@
+"""The sigma schedule and the denoising loop: pure functions over float32 latents.
+
+    u_i = 1 - i / steps,  sigma_i = shift u_i / (1 + (shift - 1) u_i),  sigma_steps = 0
+    latents <- latents + (sigma_{i+1} - sigma_i) * velocity(latents, i)
+
+Guidance follows diffusers: `velocity = pos + guidance_scale * (pos - neg)`, so its scale is one
+less than in A1111 and ComfyUI, and 0 means that the negative prompt is not even looked at.
+
+Source: diffusers `FlowMatchEulerDiscreteScheduler` and `ZImagePipeline` (>= 0.39), as facts.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["denoise", "guide", "initial_noise", "sigmas"]
+
+
+def sigmas(steps: int, shift: float) -> Tensor:
+    """float32 `[steps + 1]` noise levels from 1 to 0.
+
+    Raises:
+        ValueError: `steps` < 1 or `shift` <= 0.
+    """
+    if steps < 1 or shift <= 0:
+        raise ValueError(f"steps must be at least 1 and shift positive; got {steps} and {shift}")
+    u = 1 - torch.arange(steps, dtype=torch.float64) / steps
+    return torch.cat((shift * u / (1 + (shift - 1) * u), torch.zeros(1))).float()
+
+
+def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """float32 noise from a CPU generator: the same on every device, and diffusers' own."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def guide(
+    positive: Tensor, negative: Tensor, guidance_scale: float, normalization: float
+) -> Tensor:
+    """Combine the two branches of classifier-free guidance.
+
+    Args:
+        positive: float32 `[B, C, H, W]` velocity with the prompt.
+        negative: the same with the negative prompt.
+        guidance_scale: diffusers' scale, > 0.
+        normalization: 0 for off; k limits each sample's norm to k times that of `positive`.
+    """
+    guided = positive + guidance_scale * (positive - negative)
+    if normalization > 0:
+        dims = tuple(range(1, positive.ndim))
+        limit = normalization * positive.norm(dim=dims, keepdim=True)
+        norm = guided.norm(dim=dims, keepdim=True)
+        guided = torch.where(norm > limit, guided * (limit / norm), guided)
+    return guided
+
+
+def denoise(
+    velocity: Callable[[Tensor, int], Tensor],
+    latents: Tensor,
+    schedule: Tensor,
+    after_step: Callable[[int, Tensor], None] = lambda *_: None,
+) -> Tensor:
+    """Euler steps along `schedule`.
+
+    Args:
+        velocity: `(latents, step) -> d latents / d sigma`, float32.
+        latents: float32 `[B, C, H, W]` noise; not modified.
+        schedule: float32 `[steps + 1]`.
+        after_step: called with the step's index and its result.
+
+    Returns:
+        float32 `[B, C, H, W]`.
+    """
+    for step in range(len(schedule) - 1):
+        delta = (schedule[step + 1] - schedule[step]).item()
+        latents = latents + delta * velocity(latents, step)
+        after_step(step, latents)
+    return latents
