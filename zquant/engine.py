@@ -226,7 +226,7 @@ class Engine:
             modulations = dit.modulate((1 - settings.schedule[:-1]).to(device))
             prompts = [dit.prepare(e.to(device), *noise.shape[-2:]) for e in embeds]
             velocity = _Velocity(dit, modulations, prompts, request, settings)
-            for start in noise.split(1):
+            for start in noise[:, None]:
                 kept.append([])
                 clock = time.perf_counter()
 
@@ -246,7 +246,7 @@ class Engine:
         images = []
         progress("vae", 0, len(latents))
         with self._phase("vae") as vae:
-            for i, each in enumerate(latents.split(1)):
+            for i, each in enumerate(latents[:, None]):
                 picture = vae.decode_latents(each.to(self.device.torch_device))[0].cpu()
                 _check_finite(picture, "the VAE", self.device)
                 images.append(to_image(picture))
@@ -314,7 +314,7 @@ class _Velocity:
 
     def _first_bad(self, latents: Tensor, step: int, prompt: Prompt) -> str:
         """Run the step again and watch every block."""
-        bad = []
+        bad: list[str] = []
 
         def observe(name: str, x: Tensor) -> None:
             if not bad and not torch.isfinite(x).all():
@@ -345,8 +345,20 @@ def _model_files(
         if lacking:
             flags = ", ".join("--" + n.replace("_", "-") for n in lacking)
             raise ValueError(f"no --model folder is given, and {flags} missing")
-        return ModelFiles(**given, variant=VARIANTS[variant or "turbo"])
+        return ModelFiles(
+            dit=given["dit"],
+            text_encoder=given["text_encoder"],
+            vae=given["vae"],
+            variant=VARIANTS[variant or "turbo"],
+        )
     files = find_model(Path(model))
     chosen: Variant = VARIANTS[variant] if variant else files.variant
     paths = {"dit": files.dit, "text_encoder": files.text_encoder, "vae": files.vae, **given}
-    return ModelFiles(**paths, variant=chosen, tokenizer=files.tokenizer, manifest=files.manifest)
+    return ModelFiles(
+        dit=paths["dit"],
+        text_encoder=paths["text_encoder"],
+        vae=paths["vae"],
+        variant=chosen,
+        tokenizer=files.tokenizer,
+        manifest=files.manifest,
+    )

@@ -15,7 +15,7 @@ _SUFFIXES |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "": 1}
 
 def format_bytes(n_bytes: float) -> str:
     """Bytes as the largest binary unit that keeps the number at least 1, e.g. "7.5 GiB"."""
-    unit = max((u for u in _BINARY if abs(n_bytes) >= _BINARY[u]), key=_BINARY.__getitem__, default="B")
+    unit = next((u for u in reversed(_BINARY) if abs(n_bytes) >= _BINARY[u]), "B")
     value = n_bytes / _BINARY[unit]
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 

@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({o.component: _tensors(o) for o in plan.outputs}))
         return 0
-    result = convert(plan, _Bar(plan.n_weights))
+    bar = _Bar(plan.n_weights)
+    result = convert(plan, bar)
+    bar.close()
     if args.json:
         print(json.dumps(result.manifest))
     else:
@@ -103,5 +105,6 @@ class _Bar:
     def __call__(self, name: str, n_weights: int) -> None:
         self._bar.set_description(name, refresh=False)
         self._bar.update(n_weights)
-        if self._bar.n >= self._bar.total:
-            self._bar.close()
+
+    def close(self) -> None:
+        self._bar.close()

@@ -67,7 +67,8 @@ class _Slab:
     @property
     def n_weights(self) -> int:
         """Number of weights in these rows."""
-        return (self.rows.stop - self.rows.start) * self.part.shape[-1]
+        n_rows: int = self.rows.stop - self.rows.start
+        return n_rows * self.part.shape[-1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from zquant.models.dit import DiT
 from zquant.models.text_encoder import TextEncoder
 from zquant.models.tokenizer import Vocabulary, gguf_metadata
 from zquant.models.vae import VAE
-from zquant.quant.policy import assign, policy_name
+from zquant.quant.policy import Component, assign, policy_by_name
 from zquant.quant.qtypes import QType
 
 __all__ = ["ConversionPlan", "ConvertRequest", "Output", "OutputTensor", "plan_conversion"]
@@ -92,6 +92,11 @@ class ConvertRequest:
             raise ValueError(f"variant {self.variant!r} is unknown; known: {', '.join(VARIANTS)}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads}; it must be at least 1")
+        for pattern, _ in self.tensor_types:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"--tensor-type {pattern!r}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,9 +192,9 @@ def plan_conversion(request: ConvertRequest) -> ConversionPlan:
         ZQuantError: the source is missing, damaged, another model, or quantized already.
         ValueError: a policy or tensor type is unknown or impossible.
     """
-    policies = {c: policy_name(request.qtype) for c in COMPONENTS}
+    policies = {c: policy_by_name(request.qtype) for c in COMPONENTS}
     if request.text_encoder_qtype:
-        policies["text_encoder"] = policy_name(request.text_encoder_qtype)
+        policies["text_encoder"] = policy_by_name(request.text_encoder_qtype)
     files = {"dit": request.dit, "text_encoder": request.text_encoder, "vae": request.vae}
     origin = find_origin(request.source, {c: path for c, path in files.items() if path})
     variant = VARIANTS[request.variant] if request.variant else origin.variant
@@ -205,18 +210,17 @@ def _output(request: ConvertRequest, origin: Origin, component: str, policy: str
     parts = _COMPONENTS[component].parts(source)
     _refuse_quantized(request, source, parts)
     names = _COMPONENTS[component].file_names(parts)
-    shapes = {
-        name: _joined_shape(component, name, [parts[p] for p in ours]) for name, ours in names
-    }
+    shapes = {n: _joined_shape(component, n, [parts[p] for p in ours]) for n, ours in names}
     if component == "vae":
         qtypes = {name: parts[ours[0]].qtype for name, ours in names}
     else:
-        qtypes = assign(component, shapes, policy, request.tensor_types)
+        overrides = [o for o in request.tensor_types if any(re.search(o[0], n) for n in shapes)]
+        network: Component = "dit" if component == "dit" else "text_encoder"
+        qtypes = assign(network, shapes, policy, overrides)
     listed = [(name, qtypes[name], shapes[name]) for name, _ in names]
     if component == "vae":
-        check_names(
-            on_meta(lambda: VAE(VAEConfig.from_shapes(_shapes(parts)))), parts, str(source.path)
-        )
+        config = VAEConfig.from_shapes(_shapes(parts))
+        check_names(on_meta(lambda: VAE(config)), parts, str(source.path))
         header = safetensors_header(listed, {"format": "pt"})
         file = "vae.safetensors"
     else:

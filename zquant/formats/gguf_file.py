@@ -14,36 +14,30 @@ Source: the GGUF specification of ggml, versions 2 and 3, little-endian.
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from zquant.errors import FormatError
 from zquant.formats.gguf_parser import MAX_DIMS, Entry, Header
-from zquant.formats.source import READABLE, ByteReader, LocalFile, TensorInfo, WeightSource, quoted
+from zquant.formats.source import (
+    READABLE,
+    ByteReader,
+    HeaderPlan,
+    LocalFile,
+    TensorInfo,
+    WeightSource,
+    quoted,
+)
 from zquant.quant.qtypes import UNSUPPORTED_IDS, QType, qtype_by_id
 from zquant.units import format_bytes
 
-__all__ = ["HeaderPlan", "gguf_header", "open_gguf"]
+__all__ = ["gguf_header", "open_gguf"]
 
 ALIGNMENT = 32  # where the file does not say
 MAX_ALIGNMENT = 2**20
 
 _AGAIN = "The file is damaged; download it again."
-
-
-@dataclass(frozen=True, slots=True)
-class HeaderPlan:
-    """Everything of a GGUF file but its tensor data.
-
-    `offsets` count from the start of the file, one for each tensor; gaps before them and up to
-    `total_size` are zeros.
-    """
-
-    header: bytes
-    offsets: list[int]
-    total_size: int
 
 
 def open_gguf(path: str | Path) -> WeightSource:

@@ -124,7 +124,9 @@ def _official(folder: Path) -> ModelFiles:
         raise CheckpointError(f"{folder}: lacks {', '.join(missing)}/. Download the whole model.")
     tokenizer = folder / "tokenizer"
     return ModelFiles(
-        **paths,
+        dit=paths["dit"],
+        text_encoder=paths["text_encoder"],
+        vae=paths["vae"],
         variant=official_variant(folder),
         tokenizer=tokenizer if tokenizer.is_dir() else None,
     )
@@ -138,8 +140,14 @@ def _converted(folder: Path) -> ModelFiles:
             f"{where}: format is {manifest.get('format')!r}; expected {MANIFEST_FORMAT!r}. "
             f"Convert the model with this version of zquant."
         )
-    paths = {part: _named_file(folder, manifest, part) for part in COMPONENTS}
-    return ModelFiles(**paths, variant=_variant(where, manifest), manifest=manifest)
+    dit, text_encoder, vae = (_named_file(folder, manifest, part) for part in COMPONENTS)
+    return ModelFiles(
+        dit=dit,
+        text_encoder=text_encoder,
+        vae=vae,
+        variant=_variant(where, manifest),
+        manifest=manifest,
+    )
 
 
 def _named_file(folder: Path, manifest: Mapping[str, Any], part: str) -> Path:

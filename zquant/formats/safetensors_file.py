@@ -19,11 +19,18 @@ from typing import Any
 
 from zquant.errors import FormatError
 from zquant.formats.part_file import part_file
-from zquant.formats.source import ByteReader, LocalFile, TensorInfo, WeightSource, quoted
+from zquant.formats.source import (
+    ByteReader,
+    HeaderPlan,
+    LocalFile,
+    TensorInfo,
+    WeightSource,
+    quoted,
+)
 from zquant.quant.qtypes import QTYPES, QType
 from zquant.units import format_bytes
 
-__all__ = ["open_safetensors", "open_sharded", "write_safetensors"]
+__all__ = ["open_safetensors", "open_sharded", "safetensors_header", "write_safetensors"]
 
 HEADER_LIMIT = 100_000_000  # bytes, fixed by the format
 MAX_DIMS = 8
@@ -74,6 +81,34 @@ def open_sharded(path: str | Path) -> WeightSource:
     )
 
 
+def safetensors_header(
+    tensors: Sequence[tuple[str, QType, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> HeaderPlan:
+    """Header of a safetensors file, and where each tensor goes.
+
+    Args:
+        tensors: (name, F32, F16 or BF16, shape) in the order of the data.
+        metadata: text for `__metadata__`.
+
+    Raises:
+        ValueError: a type that safetensors does not have, or a name twice.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins, end = [], 0
+    for name, qtype, shape in tensors:
+        if qtype.name not in _DTYPES or name in header:
+            raise ValueError(
+                f"{name!r} as {qtype} cannot be written: expected {list(_DTYPES)}, once"
+            )
+        begin, end = end, end + prod(shape) * qtype.qblock_bytes
+        header[name] = {"dtype": qtype.name, "shape": list(shape), "data_offsets": [begin, end]}
+        begins.append(begin)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    packed = struct.pack("<Q", len(text)) + text
+    return HeaderPlan(packed, [len(packed) + begin for begin in begins], len(packed) + end)
+
+
 def write_safetensors(
     path: str | Path,
     tensors: Sequence[tuple[str, QType, tuple[int, ...]]],
@@ -84,26 +119,17 @@ def write_safetensors(
 
     Args:
         path: the file to create or replace.
-        tensors: (name, F32, F16 or BF16, shape) in the order of the data.
+        tensors: see `safetensors_header`; likewise `metadata`.
         chunks: bytes-like pieces of the data, in that order, cut anywhere.
-        metadata: text for `__metadata__`.
+        metadata: see `tensors`.
 
     Raises:
-        ValueError: a type that safetensors does not have, or chunks of another size in all.
+        ValueError: see `safetensors_header`; or chunks of another size in all.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, qtype, shape in tensors:
-        if qtype.name not in _DTYPES or name in header:
-            raise ValueError(
-                f"{name!r} as {qtype} cannot be written: expected {list(_DTYPES)}, once"
-            )
-        begin, end = end, end + prod(shape) * qtype.qblock_bytes
-        header[name] = {"dtype": qtype.name, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    plan = safetensors_header(tensors, metadata)
+    end = plan.total_size - len(plan.header)
     with part_file(Path(path)) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(plan.header)
         written = sum(file.write(chunk) for chunk in chunks)
         if written != end:
             raise ValueError(f"{path}: {written} bytes of tensors given, {end} declared")

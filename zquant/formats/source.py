@@ -18,7 +18,15 @@ import numpy.typing as npt
 from zquant.errors import FormatError
 from zquant.quant.qtypes import QTYPES, QType
 
-__all__ = ["READABLE", "ByteReader", "LocalFile", "TensorInfo", "WeightSource", "quoted"]
+__all__ = [
+    "READABLE",
+    "ByteReader",
+    "HeaderPlan",
+    "LocalFile",
+    "TensorInfo",
+    "WeightSource",
+    "quoted",
+]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -36,6 +44,7 @@ class ByteReader(Protocol):
 
     name: str
     size: int
+    stamp: list[str | int]  # changes when the content does: name, size and time of change
 
     def read(self, offset: int, size: int) -> Bytes:
         """`size` bytes from `offset` as uint8 `[size]`; a view where the file is mapped."""
@@ -58,7 +67,9 @@ class LocalFile:
         self.name = str(path)
         try:
             with Path(path).open("rb") as file:
-                self.size = os.fstat(file.fileno()).st_size
+                status = os.fstat(file.fileno())
+                self.size = status.st_size
+                self.stamp: list[str | int] = [Path(path).name, self.size, status.st_mtime_ns]
                 if self.size == 0:
                     raise FormatError(
                         f"{self.name}: the file is empty. Download or convert it again."
@@ -140,3 +151,16 @@ class WeightSource:
         """Close every file; views that were handed out stay valid."""
         for reader in self.readers:
             reader.close()
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderPlan:
+    """Everything of a file to write but its tensor data.
+
+    `offsets` count from the start of the file, one for each tensor; gaps before them and up to
+    `total_size` are zeros.
+    """
+
+    header: bytes
+    offsets: list[int]
+    total_size: int

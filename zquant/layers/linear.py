@@ -92,7 +92,11 @@ class QuantEmbedding(nn.Module):
         packed = torch.empty(n_rows, 4 * dim, dtype=torch.uint8)
         self.weight = nn.Parameter(packed, requires_grad=False)
 
-    load = QuantLinear.load
+    def load(self, packed: Tensor, qtype: QType) -> None:
+        """Take `packed` (uint8 `[n_rows, row_bytes]`, host memory) as the table, not copied."""
+        assert packed.shape == (self.out_features, qtype.row_bytes(self.in_features))
+        self.qtype = qtype
+        self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """float32 `[T, dim]` rows of int64 `ids [T]`, on the device of `ids`."""

@@ -28,7 +28,7 @@ def axis_angles(positions: Tensor, axes_dims: Sequence[int], theta: float) -> Te
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs `(2p, 2p + 1)` of `x [B, L, heads, d]` by `cos, sin [L, d / 2]`; float32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ class Stored(Protocol):
     @property
     def qtype(self) -> QType: ...  # noqa: D102
 
-    def raw(self) -> np.ndarray: ...  # type: ignore[type-arg] # noqa: D102 # uint8 [nbytes]
+    def raw(self) -> npt.NDArray[np.uint8]: ...  # noqa: D102 # [nbytes]
 
 
 def on_meta(make: Callable[[], M]) -> M:

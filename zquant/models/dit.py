@@ -14,7 +14,7 @@ Source: Z-Image official repository and diffusers `ZImageTransformer2DModel`, as
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,7 +131,8 @@ class Block(nn.Module):
         x = x + h * gate_msa
         h = (self.ffn_norm1(x) * (scale_mlp * scale)).to(dtype)
         h, out_scale = self.feed_forward(h)
-        return x + self.ffn_norm2(h, scale=out_scale) * gate_mlp
+        out: Tensor = x + self.ffn_norm2(h, scale=out_scale) * gate_mlp
+        return out
 
 
 class TimeEmbedder(nn.Module):
@@ -163,6 +164,12 @@ class FinalLayer(nn.Module):
         scale = QuantLinear(config.adaln_dim, config.dim, bias=True)
         self.adaLN_modulation = nn.ModuleList([nn.SiLU(), scale])
 
+    def modulate(self, c: Tensor) -> Tensor:
+        """float32 `[S, dim]` scales of time embeddings `c [S, adaln_dim]`."""
+        for layer in self.adaLN_modulation:
+            c = layer(c)
+        return 1 + c
+
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
         """float32 `[B, L, dim]` to `[B, L, features]`."""
         out: Tensor = self.linear(F.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS) * scale)
@@ -179,6 +186,7 @@ class DiT(nn.Module):
         dim, patch = config.dim, f"{config.patch_size}-1"
         features = config.in_channels * config.patch_size**2
         self.all_x_embedder = nn.ModuleDict({patch: QuantLinear(features, dim, bias=True)})
+        self._final_layer_name = patch
         self.all_final_layer = nn.ModuleDict({patch: FinalLayer(config)})
         self.t_embedder = TimeEmbedder(config)
         norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
@@ -202,11 +210,9 @@ class DiT(nn.Module):
             m[:, 0::2] += 1
             m[:, 1::2].tanh_()
             blocks[name] = m
-        final = c
-        for layer in next(iter(self.all_final_layer.values())).adaLN_modulation:
-            final = layer(final)
+        final = self._final_layer.modulate(c)
         return [
-            Modulation(blocks={n: m[s] for n, m in blocks.items()}, final=1 + final[s])
+            Modulation(blocks={n: m[s] for n, m in blocks.items()}, final=final[s])
             for s in range(len(taus))
         ]
 
@@ -257,7 +263,7 @@ class DiT(nn.Module):
         x = self._run("noise_refiner", x, prompt.image_rope, modulation, observe)
         x = torch.cat((x, prompt.tokens.expand(len(x), -1, -1)), dim=1)
         x = self._run("layers", x, prompt.rope, modulation, observe)[:, :n_padded]
-        x = next(iter(self.all_final_layer.values()))(x[:, :n_image], modulation.final)
+        x = self._final_layer(x[:, :n_image], modulation.final)
         return -_unpatchify(x, height, width)
 
     def forward(self, latents: Tensor, tau: float, prompt_embeds: Tensor) -> Tensor:
@@ -277,10 +283,18 @@ class DiT(nn.Module):
                 observe(name, x)
         return x
 
-    def _modulated(self) -> list[tuple[str, Block]]:
+    @property
+    def _final_layer(self) -> FinalLayer:
+        layer = self.all_final_layer[self._final_layer_name]
+        assert isinstance(layer, FinalLayer)
+        return layer
+
+    def _modulated(self) -> Iterator[tuple[str, Block]]:
         """Names and blocks that the timestep modulates."""
-        stacks = (("noise_refiner", self.noise_refiner), ("layers", self.layers))
-        return [(f"{stack}.{i}", b) for stack, blocks in stacks for i, b in enumerate(blocks)]
+        for stack, blocks in (("noise_refiner", self.noise_refiner), ("layers", self.layers)):
+            for i, block in enumerate(blocks):
+                assert isinstance(block, Block)
+                yield f"{stack}.{i}", block
 
 
 def _blocks(config: DiTConfig, n: int, *, modulated: bool) -> nn.ModuleList:
@@ -306,11 +320,13 @@ def _positions(n_caption: int, rows: int, columns: int) -> Tensor:
 
 def _patchify(latents: Tensor) -> Tensor:
     """`[B, C, H, W]` to `[B, H / 2 * W / 2, 4 C]`, features in the order (ph, pw, c)."""
-    x = latents.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # [B, C, h, ph, w, pw]
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    b, c, height, width = latents.shape
+    x = latents.view(b, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 3, 5, 1)
+    return x.reshape(b, height * width // 4, 4 * c)
 
 
 def _unpatchify(x: Tensor, height: int, width: int) -> Tensor:
     """Inverse of `_patchify`."""
-    x = x.view(len(x), height // 2, width // 2, 2, 2, -1)  # [B, h, w, ph, pw, C]
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height, width)
+    b, _, features = x.shape
+    x = x.view(b, height // 2, width // 2, 2, 2, features // 4).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(b, features // 4, height, width)

@@ -80,7 +80,8 @@ class Layer(nn.Module):
         x = x + self.self_attn(h, rope).float() / scale
         h = (self.post_attention_layernorm(x) * scale).to(dtype)
         h, out_scale = self.mlp(h)
-        return x + h.float() / out_scale
+        out: Tensor = x + h.float() / out_scale
+        return out
 
 
 class Decoder(nn.Module):

@@ -280,11 +280,14 @@ def _refuse(file: str, problem: str) -> NoReturn:
 def _strings(metadata: Mapping[str, Any], key: str, file: str) -> list[str]:
     """A metadata value that must be a list of strings."""
     value = metadata.get(f"tokenizer.ggml.{key}")
-    if not isinstance(value, (list, tuple)) or not set(map(type, value)) <= {str}:
+    if isinstance(value, str) or not isinstance(value, Sequence):
         _refuse(file, f"tokenizer.ggml.{key} is missing or not a list of strings")
     if len(value) > _MAX_TOKENS:
         _refuse(file, f"tokenizer.ggml.{key} has {len(value)} entries, more than {_MAX_TOKENS}")
-    return list(value)
+    strings = list(value)  # a file's own array decodes its strings here
+    if not set(map(type, strings)) <= {str}:
+        _refuse(file, f"tokenizer.ggml.{key} is missing or not a list of strings")
+    return strings
 
 
 def _pair(merge: Any, file: str) -> tuple[str, str]:

@@ -20,8 +20,8 @@ __all__ = ["VAE"]
 NORM_EPS = 1e-6
 
 
-def _conv(c_in: int, c_out: int, size: int = 3, **options: int) -> nn.Conv2d:
-    return nn.Conv2d(c_in, c_out, size, padding=options.pop("padding", size // 2), **options)
+def _conv(c_in: int, c_out: int, size: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, size, padding=size // 2)
 
 
 class ResnetBlock(nn.Module):
@@ -41,7 +41,8 @@ class ResnetBlock(nn.Module):
         """`[B, c_in, H, W]` to `[B, c_out, H, W]`."""
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
-        return h.add_(x if self.same else self.conv_shortcut(x))
+        out: Tensor = h.add_(x if self.same else self.conv_shortcut(x))
+        return out
 
 
 class AttentionBlock(nn.Module):
@@ -57,7 +58,8 @@ class AttentionBlock(nn.Module):
         """`[B, C, H, W]` to the same."""
         h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # [B, 1, H * W, C]
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + self.to_out[0](h)[:, 0].transpose(1, 2).view_as(x)
+        out: Tensor = x + self.to_out[0](h)[:, 0].transpose(1, 2).view_as(x)
+        return out
 
 
 class Middle(nn.Module):
@@ -80,8 +82,8 @@ class Resample(nn.Module):
     def __init__(self, channels: int, *, up: bool) -> None:
         super().__init__()
         self.up = up
-        down = {} if up else {"stride": 2, "padding": 0}
-        self.conv = _conv(channels, channels, **down)
+        stride, padding = (1, 1) if up else (2, 0)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C, 2H, 2W]` or `[B, C, H / 2, W / 2]`."""

@@ -30,9 +30,10 @@ _MODULES: dict[str, ModuleType] = {
     "Q4_0": q4_0,
 }
 
-# weights per chunk: temporaries stay in the cache of a CPU core, calls into torch stay rare
-QUANTIZE_CHUNK = 1 << 18
-DECODE_CHUNK_CPU = 1 << 17
+# weights per chunk: temporaries stay in a CPU's last-level cache, and calls are long enough that
+# their overhead and the interpreter lock do not count
+QUANTIZE_CHUNK = 1 << 19
+DECODE_CHUNK_CPU = 1 << 20
 # an accelerator only needs a bound on the temporaries
 DECODE_CHUNK = 1 << 23
 

@@ -94,10 +94,13 @@ def header(fields: OffsetQBlocks) -> torch.Tensor:
 
 
 def read_scales(qblocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and minimums of uint8 `[n, qblock_bytes]`, multiplied out, as float32 `[n, 8]` each."""
-    units = qblocks[:, :4].contiguous().view(torch.float16).float()  # [n, 2]
-    b = qblocks[:, 4:16].contiguous()
-    low, high = b[:, :8] & 63, (b[:, :8] >> 6) << 4  # sc[0:4] mn[0:4], high bits of [4:8]
-    sc = torch.cat([low[:, :4], high[:, :4] | (b[:, 8:] & 15)], dim=1)
-    mn = torch.cat([low[:, 4:], high[:, 4:] | (b[:, 8:] >> 4)], dim=1)
-    return units[:, :1] * sc.float(), units[:, 1:] * mn.float()
+    """Scales and minimums of uint8 `[n, qblock_bytes]`, multiplied out, as float32 `[n, 8, 1]`."""
+    units = qblocks[:, :4].contiguous().view(torch.float16).float()  # d, dmin
+    # four 6-bit numbers at a time; the masks drop what shifts bring in from the neighbouring byte
+    words = qblocks[:, 4:16].contiguous().view(torch.int32)
+    first = words[:, :2] & 0x3F3F3F3F  # sc[0:4], mn[0:4]
+    last = torch.stack([words[:, 2], words[:, 2] >> 4], dim=1).bitwise_and_(0x0F0F0F0F)
+    last |= (words[:, :2] >> 2).bitwise_and_(0x30303030)  # sc[4:8], mn[4:8]
+    multiples = torch.stack([first, last], dim=2).view(torch.uint8).view(-1, 2, 8)
+    scaled = multiples.float().mul_(units[:, :, None])
+    return scaled[:, 0, :, None], scaled[:, 1, :, None]

@@ -37,4 +37,4 @@ def dequantize(qblocks: torch.Tensor, out: torch.Tensor) -> None:
     torch.bitwise_and(qs, 15, out=q[:, :, 0])
     torch.bitwise_right_shift(qs, 4, out=q[:, :, 1])
     groups = out.view(-1, 8, 32).copy_(q.view(-1, 8, 32))
-    groups.mul_(scale[:, :, None]).sub_(minimum[:, :, None])
+    groups.mul_(scale).sub_(minimum)

@@ -44,4 +44,4 @@ def dequantize(qblocks: torch.Tensor, out: torch.Tensor) -> None:
         fifth = high << (4 - s) if s < 4 else high >> (s - 4)
         q[:, s].bitwise_or_(fifth.bitwise_and_(16))
     groups = out.view(-1, 8, 32).copy_(q)
-    groups.mul_(scale[:, :, None]).sub_(minimum[:, :, None])
+    groups.mul_(scale).sub_(minimum)

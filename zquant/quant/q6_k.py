@@ -83,7 +83,7 @@ def dequantize(qblocks: torch.Tensor, out: torch.Tensor) -> None:
     torch.bitwise_and(ql, 15, out=q[:, :, :2])
     torch.bitwise_right_shift(ql, 4, out=q[:, :, 2:])
     for k, shift in enumerate(HIGH_SHIFTS):
-        high = qh << shift if shift > 0 else qh >> -shift
+        high = qh << shift if shift >= 0 else qh >> -shift
         q[:, :, k].bitwise_or_(high.bitwise_and_(48))
     d = qblocks[:, 208:].contiguous().view(torch.float16).float()
     scale = d * qblocks[:, 192:208].contiguous().view(torch.int8).float()

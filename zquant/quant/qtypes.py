@@ -38,7 +38,8 @@ class QType:
         n_qblocks, rest = divmod(n_weights, self.qblock)
         if rest:
             raise ValueError(
-                f"{self.name} stores {self.qblock} weights together; a row of {n_weights} does not divide"
+                f"{self.name} stores {self.qblock} weights together; "
+                f"a row of {n_weights} does not divide"
             )
         return n_qblocks * self.qblock_bytes
 
@@ -62,10 +63,31 @@ QTYPES = {
 }
 
 UNSUPPORTED_IDS = {  # known to ggml, not readable by zquant
-    **{3: "Q4_1", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS"},
-    **{17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S"},
-    **{23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M"},
-    **{34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
+    3: "Q4_1",
+    7: "Q5_1",
+    9: "Q8_1",
+    10: "Q2_K",
+    11: "Q3_K",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+    40: "NVFP4",
+    41: "Q1_0",
 }
 
 _BY_ID = {q.ggml_id: q for q in QTYPES.values()}

@@ -12,7 +12,7 @@ rows one after another. Torch does the long elementwise passes because its vecto
 than NumPy's; its sum (another order), square root (not correctly rounded) and `scalar / tensor` (a
 reciprocal and a product) would change bytes, so sums and numbers per group are NumPy's.
 
-The error weights are an argument, so importance-weighted types need another `w`, not another search.
+The error weights are an argument: importance-weighted types need another `w`, not another search.
 
 Source: ggml `make_qkx2_quants` and `make_qx_quants`.
 """
@@ -115,8 +115,8 @@ class _OffsetFit:
         b = column_sums(torch.mul(wc, self.c, out=self.product2))
         x = column_sums(wc.mul_(self.x))
         d = self.sum_w * b - a * a
-        scale = (self.sum_w * x - self.sum_wx * a) / d
-        offset = (b * self.sum_wx - a * x) / d
+        scale: Vector = (self.sum_w * x - self.sum_wx * a) / d
+        offset: Vector = (b * self.sum_wx - a * x) / d
         above = offset > 0
         if above.any():
             np.copyto(offset, 0, where=above)
