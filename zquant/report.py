@@ -70,11 +70,11 @@ def _describe_model(folder: Path) -> dict[str, Any]:
     """A converted or official folder: what it says of itself, and its three parts."""
     files = find_model(folder)
     paths = {"dit": files.dit, "text_encoder": files.text_encoder, "vae": files.vae}
-    said = {key: value for key, value in (files.manifest or {}).items() if key != "files"}
+    said = files.manifest or {**asdict(files.variant), "variant": files.variant.name}
     return {
         "kind": "model",
         "path": str(folder),
-        "model": {**asdict(files.variant), **said},
+        "model": {key: said[key] for key in said if key not in ("name", "files", "tensors")},
         "parts": {name: _describe_weights(p, with_contents=False) for name, p in paths.items()},
     }
 

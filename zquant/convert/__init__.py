@@ -1,0 +1,1 @@
+"""A conversion: planned, carried out, summed up."""

@@ -93,10 +93,7 @@ class ConvertRequest:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads is {self.threads}; it must be at least 1")
         for pattern, _ in self.tensor_types:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"--tensor-type {pattern!r}: {error}") from error
+            _check_pattern(pattern)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +269,13 @@ def _refuse_quantized(
             f"{packed[0][0]!r}, {packed[0][1]}); quantizing again adds error on error. Convert the "
             f"original, or accept the loss with --allow-requantize."
         )
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--tensor-type {pattern!r} is no regular expression: {error}") from error
 
 
 def _check_overrides(request: ConvertRequest, outputs: tuple[Output, ...]) -> None:

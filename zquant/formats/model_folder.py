@@ -16,12 +16,14 @@ from zquant.formats.source import WeightSource
 
 __all__ = [
     "MANIFEST",
+    "MANIFEST_FORMAT",
     "VARIANTS",
     "ModelFiles",
     "Variant",
     "find_model",
     "official_variant",
     "read_json",
+    "source_metadata",
     "variant_of_shift",
 ]
 

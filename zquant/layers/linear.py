@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zquant.quant.codec import dequantize
+from zquant.quant.floats import FLOAT_DTYPES
 from zquant.quant.qtypes import QTYPES, QType
 
 __all__ = ["QuantEmbedding", "QuantLinear", "quant_matmul"]
@@ -29,14 +30,17 @@ def quant_matmul(x: Tensor, packed: Tensor, qtype: QType) -> Tensor:
     Returns:
         `[M, N]` in the dtype of `x`.
     """
+    if FLOAT_DTYPES.get(qtype.name) == x.dtype:
+        return x @ packed.view(x.dtype).t()
     if x.device.type != "cpu":
         return x @ dequantize(packed, qtype, x.dtype).t()
-    n_rows = packed.shape[0]
-    slab = max(16, SLAB_WEIGHTS // x.shape[1])
-    out = x.new_empty(x.shape[0], n_rows)
+    n_rows, n_columns = len(packed), x.shape[1]
+    slab = min(n_rows, max(16, SLAB_WEIGHTS // n_columns))
+    scratch = x.new_empty(slab, n_columns)
+    out = x.new_empty(len(x), n_rows)
     for start in range(0, n_rows, slab):
         stop = min(start + slab, n_rows)
-        weight = dequantize(packed[start:stop], qtype, x.dtype)
+        weight = dequantize(packed[start:stop], qtype, x.dtype, out=scratch[: stop - start])
         torch.mm(x, weight.t(), out=out[:, start:stop])
     return out
 

@@ -108,7 +108,7 @@ def _auto_dtype(device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float32, f"{shown} multiplies neither bfloat16 nor float16 fast"
     seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    shown = f"this CPU multiplies bfloat16 at {ratio:.1f} times the float32 rate"
+    shown = f"this CPU multiplies bfloat16 at {ratio:.2f} times the float32 rate"
     return (torch.bfloat16 if ratio > CLEARLY_FASTER else torch.float32), shown
 
 

@@ -1,0 +1,1 @@
+"""The three networks of Z-Image, one file each, and how files become them."""

@@ -1,0 +1,1 @@
+"""Storage types: numbers only, no files."""

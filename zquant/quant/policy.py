@@ -8,7 +8,7 @@ DiT (`layers`, `noise_refiner` and `context_refiner` are stacks of blocks):
     tensor                    F32   F16   BF16  Q8_0  Q6_K  Q5_K_M Q4_K_M Q4_K_S Q4_0
     1-D, norms, biases, pads  F32   F32   F32   F32   F32   F32    F32    F32    F32
     x_embedder, t_embedder,
-      final_layer             F32   F32   F32   F32   F32   F32    F32    F32    F32
+      final_layer             F32   F32   BF16  F32   F32   F32    F32    F32    F32
     cap_embedder.1            F32   BF16  BF16  BF16  BF16  BF16   BF16   BF16   BF16
     adaLN_modulation.0        F32   BF16  BF16  Q8_0  Q8_0  Q8_0   Q8_0   Q8_0   Q8_0
     refiner matrices          F32   F16   BF16  Q8_0  Q6_K  Q6_K   Q6_K   Q5_K   Q8_0
@@ -28,11 +28,12 @@ Text encoder:
 Why: vectors and embedders are a thousandth of the file; timestep and modulation scale whole
 channels, so their error reaches every token; w2, ffn_down and values feed the residual stream
 directly and have the largest activations; the refiners' four blocks see every token once.
-BF16 where F16 could overflow: the caption projection and the modulation have large outputs.
+BF16 where F16 could overflow: the caption projection and the modulation have large outputs. The
+BF16 policy keeps the published matrices as they are.
 
 A row that is not whole qblocks falls back: 256-weight types to Q8_0, then (and 32-weight types at
 once) to BF16. A user's override is not replaced: an impossible one is an error. Overrides to a
-quantized qtype leave 1-D tensors alone, so that `layers\\.0\\.` can name a whole block.
+quantized qtype leave 1-D tensors alone, so that `layers[.]0[.]` can name a whole block.
 """
 
 import re
@@ -48,18 +49,14 @@ Component = Literal["dit", "text_encoder"]
 Override = tuple[str, QType]  # regular expression searched in the name, qtype
 Rules = tuple[tuple[str, str], ...]  # regular expression, qtype name
 
-_SENSITIVE = (
-    (r"_pad_token$|norm|\.bias$", "F32"),
-    (r"^(x_embedder|t_embedder|final_layer)\.", "F32"),
-    (r"^cap_embedder\.1\.", "BF16"),
-)
-
 
 def _dit(base: str, *, refiners: str = "", w2: str = "", qkv: str = "") -> Rules:
     """Rules of a DiT whose matrices are `base` where nothing else is said."""
     quantized = base not in ("F16", "BF16")
     return (
-        *_SENSITIVE,
+        (r"_pad_token$|norm|\.bias$", "F32"),
+        (r"^(x_embedder|t_embedder|final_layer)\.", "BF16" if base == "BF16" else "F32"),
+        (r"^cap_embedder\.1\.", "BF16"),
         (r"adaLN_modulation\.0\.", "Q8_0" if quantized else "BF16"),
         (r"^(noise|context)_refiner\.", refiners or base),
         (r"\.feed_forward\.w2\.", w2 or base),

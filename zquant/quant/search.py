@@ -23,7 +23,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["OffsetGrid", "column_sums", "search_offset", "search_signed"]
+__all__ = [
+    "MIN_GROUPS",
+    "TINY",
+    "OffsetGrid",
+    "column_sums",
+    "search_offset",
+    "search_signed",
+]
 
 Vector = npt.NDArray[np.float32]  # one number per group
 Mask = npt.NDArray[np.bool_]
@@ -115,8 +122,8 @@ class _OffsetFit:
         b = column_sums(torch.mul(wc, self.c, out=self.product2))
         x = column_sums(wc.mul_(self.x))
         d = self.sum_w * b - a * a
-        scale: Vector = (self.sum_w * x - self.sum_wx * a) / d
-        offset: Vector = (b * self.sum_wx - a * x) / d
+        scale = np.divide(self.sum_w * x - self.sum_wx * a, d)
+        offset = np.divide(b * self.sum_wx - a * x, d)
         above = offset > 0
         if above.any():
             np.copyto(offset, 0, where=above)
