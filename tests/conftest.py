@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-# two threads at most: results do not depend on it, machines that run tests are small
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# set before torch is imported: on a shared machine the barriers of tiny operations cost 20 times
+# what their arithmetic does, because a thread that waits for a busy core makes all others wait
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,10 @@ has a seed of its own (`seed`, `seed + 1`, ...), so each can be painted again al
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -23,18 +22,20 @@ from torch import Tensor
 
 import zquant
 from zquant import sampling
-from zquant.errors import ZQuantError
-from zquant.formats.model_folder import VARIANTS, ModelFiles, Variant, find_model
+from zquant.errors import CheckpointError, ZQuantError
 from zquant.image import to_image
 from zquant.memory.device import Device, peak_host_bytes, probe
-from zquant.models.checkpoint import Checkpoint
+from zquant.models.checkpoint import Checkpoint, model_files
 from zquant.models.dit import DiT, Modulation, Prompt
-from zquant.models.tokenizer import Tokenizer, prompt_ids
+from zquant.models.text_encoder import TextEncoder
+from zquant.models.tokenizer import PromptIds, Tokenizer, prompt_ids
+from zquant.models.vae import VAE
 from zquant.request import RunRequest, RunResult
 
 __all__ = ["Engine", "Progress"]
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
+T = TypeVar("T")
 
 KEPT_PROMPTS = 8
 
@@ -51,11 +52,15 @@ class _Settings:
 
 
 class Engine:
-    """A model on a device; serves any number of requests."""
+    """A model on a device; serves any number of requests, none of which changes another.
 
-    def __init__(self, checkpoint: Checkpoint, device: Device) -> None:
+    `notices` are what the user should know about the model; every result repeats them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: Device, notices: Sequence[str] = ()) -> None:
         self.checkpoint = checkpoint
         self.device = device
+        self.notices = list(notices)
         self._tokenizer: Tokenizer | None = None
         self._embeds: OrderedDict[str, tuple[Tensor, str | None]] = OrderedDict()
 
@@ -87,14 +92,24 @@ class Engine:
             ValueError: no model is named, or the variant is unknown.
         """
         given = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
-        files = _model_files(model, {k: Path(v) for k, v in given.items() if v}, variant)
-        return cls(Checkpoint(files), probe(device, compute_dtype))
+        files = model_files(model, {k: Path(v) for k, v in given.items() if v}, variant)
+        notices = []
+        if model is None and variant is None:
+            assumed = files.variant
+            notices.append(
+                f"single files do not tell the variant; {assumed.name} is assumed ({assumed.steps} "
+                f"steps, shift {assumed.shift:g}). Name it with --variant, or give --model"
+            )
+        # the device first: it is wrong more often than the files, and found out sooner
+        chosen = probe(device, compute_dtype)
+        return cls(Checkpoint(files), chosen, notices)
 
     @property
     def sha256(self) -> dict[str, str]:
-        """Hash per file, where `model.json` has them."""
+        """Hash per file, where `model.json` has them; a file given in place of one has none."""
         listed = (self.checkpoint.files.manifest or {}).get("files", {})
-        return {part: entry["sha256"] for part, entry in listed.items() if "sha256" in entry}
+        entries = {part: listed.get(part) for part in self.checkpoint.paths}
+        return {p: str(e["sha256"]) for p, e in entries.items() if e and "sha256" in e}
 
     def close(self) -> None:
         """Close all files."""
@@ -112,6 +127,8 @@ class Engine:
             ZQuantError: numbers stopped being finite, or a file is damaged.
             ValueError: `initial_latents` do not fit the request.
         """
+        if self.device.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device.torch_device)
         start = time.perf_counter()
         settings = self._settings(request)
         embeds, notices = self._encode(request, settings, progress)
@@ -132,18 +149,19 @@ class Engine:
             images=images,
             recipes=[self._recipe(request, settings, i) for i in range(request.count)],
             latents=latents if request.keep_latents else None,
-            prompt_embeds=embeds,
+            prompt_embeds=[e.clone() for e in embeds],  # ours serve later requests
             seed=settings.seed,
             timings=timings,
             peak_host_bytes=peak_host_bytes(),
             peak_vram_bytes=self.device.peak_vram_bytes(),
-            notices=notices,
+            notices=self.notices + notices,
         )
 
     def _settings(self, request: RunRequest) -> _Settings:
         variant = self.checkpoint.files.variant
         guidance = request.guidance_scale
-        steps, shift = request.steps or variant.steps, request.shift or variant.shift
+        steps = variant.steps if request.steps is None else request.steps
+        shift = variant.shift if request.shift is None else request.shift
         return _Settings(
             steps=steps,
             seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
@@ -161,23 +179,25 @@ class Engine:
         if given is None:
             seeds = range(settings.seed, settings.seed + request.count)
             return torch.cat([sampling.initial_noise((1, *shape), seed) for seed in seeds])
-        if given.shape != (request.count, *shape) or not torch.isfinite(given).all():
+        if given.shape != (request.count, *shape) or not given.is_floating_point():
             raise ValueError(
-                f"initial_latents have shape {list(given.shape)}; expected finite values "
+                f"initial_latents are {given.dtype} {list(given.shape)}; expected floats "
                 f"{[request.count, *shape]} for {request.count} of {request.width}x{request.height}"
             )
-        return given.float().cpu()
+        noise = given.float().cpu()
+        if not torch.isfinite(noise).all():
+            n_bad = int((~torch.isfinite(noise)).sum())
+            raise ValueError(f"initial_latents hold {n_bad} values that are not finite")
+        return noise
 
-    @contextmanager
-    def _phase(self, component: str) -> Iterator[Any]:
-        """A network on the device for as long as the phase lasts."""
+    def _phase(self, component: str, work: Callable[[Any], T]) -> T:
+        """`work(network)`; the network is on the device for no longer than that."""
         device = self.device
         dtype = device.vae_dtype if component == "vae" else device.compute_dtype
-        module = getattr(self.checkpoint, component)(device.torch_device, dtype)
         try:
-            yield module
+            # no name here holds the network, so it is gone when `work` has returned
+            return work(getattr(self.checkpoint, component)(device.torch_device, dtype))
         finally:
-            del module
             self.checkpoint.forget(component)
             if device.is_cuda:
                 torch.cuda.empty_cache()
@@ -192,21 +212,35 @@ class Engine:
         missing = [p for p in dict.fromkeys(prompts) if p not in self._embeds]
         if missing:
             self._tokenizer = self._tokenizer or self.checkpoint.tokenizer()
+            cuts = {prompt: prompt_ids(self._tokenizer, prompt) for prompt in missing}
+            self._check_ids(cuts.values())
             progress("text encoder", 0, len(missing))
-            with self._phase("text_encoder") as encoder:
-                for i, prompt in enumerate(missing):
-                    cut = prompt_ids(self._tokenizer, prompt)
+
+            def embed(encoder: TextEncoder) -> None:
+                for i, (prompt, cut) in enumerate(cuts.items()):
                     ids = torch.tensor(cut.ids, device=self.device.torch_device)
                     embeds = encoder(ids).cpu()
-                    _check_finite(embeds, "the text encoder", self.device)
+                    _check_finite(embeds, "the text encoder", self.device.compute_dtype)
                     self._embeds[prompt] = (embeds, cut.notice)
                     progress("text encoder", i + 1, len(missing))
+
+            self._phase("text_encoder", embed)
         found = [self._embeds[p] for p in prompts]
         for prompt in prompts:
             self._embeds.move_to_end(prompt)
         while len(self._embeds) > KEPT_PROMPTS:
             self._embeds.popitem(last=False)
-        return [e for e, _ in found], [notice for _, notice in found if notice]
+        notices = dict.fromkeys(notice for _, notice in found if notice)
+        return [e for e, _ in found], list(notices)
+
+    def _check_ids(self, cuts: Iterable[PromptIds]) -> None:
+        n_rows = self.checkpoint.text_encoder_config.vocab_size
+        highest = max(max(cut.ids) for cut in cuts)
+        if highest >= n_rows:
+            raise CheckpointError(
+                f"{self.checkpoint.files.text_encoder}: token {highest} of the prompt has no "
+                f"embedding; there are {n_rows}. Z-Image needs Qwen3-4B with its own tokenizer."
+            )
 
     def _denoise(
         self,
@@ -222,8 +256,9 @@ class Engine:
         seconds: list[float] = []
         total = settings.steps * request.count
         progress("denoise", 0, total)
-        with self._phase("dit") as dit:
-            modulations = dit.modulate((1 - settings.schedule[:-1]).to(device))
+
+        def paint(dit: DiT) -> None:
+            modulations = dit.modulate(sampling.taus(settings.schedule).to(device))
             prompts = [dit.prepare(e.to(device), *noise.shape[-2:]) for e in embeds]
             velocity = _Velocity(dit, modulations, prompts, request, settings)
             for start in noise[:, None]:
@@ -240,18 +275,23 @@ class Engine:
                     progress("denoise", len(seconds), total)
 
                 sampling.denoise(velocity, start.to(device), settings.schedule, after_step)
+
+        self._phase("dit", paint)
         return torch.stack([torch.cat(step) for step in zip(*kept, strict=True)]), seconds
 
     def _decode(self, latents: Tensor, progress: Progress) -> list[Image.Image]:
-        images = []
         progress("vae", 0, len(latents))
-        with self._phase("vae") as vae:
+
+        def decode(vae: VAE) -> list[Image.Image]:
+            images = []
             for i, each in enumerate(latents[:, None]):
                 picture = vae.decode_latents(each.to(self.device.torch_device))[0].cpu()
-                _check_finite(picture, "the VAE", self.device)
+                _check_finite(picture, "the VAE", self.device.vae_dtype)
                 images.append(to_image(picture))
                 progress("vae", i + 1, len(latents))
-        return images
+            return images
+
+        return self._phase("vae", decode)
 
     def _recipe(self, request: RunRequest, settings: _Settings, index: int) -> dict[str, Any]:
         """Everything that is needed to paint picture `index` again."""
@@ -291,11 +331,12 @@ class _Velocity:
     ) -> None:
         self.dit, self.modulations, self.prompts = dit, modulations, prompts
         self.request, self.settings = request, settings
+        self.taus = sampling.taus(settings.schedule).tolist()
 
     def __call__(self, latents: Tensor, step: int) -> Tensor:
         """float32 velocity of `latents [1, C, H, W]`."""
         positive = self._branch(latents, step, self.prompts[0])
-        tau = 1 - self.settings.schedule[step].item()
+        tau = self.taus[step]
         if len(self.prompts) == 1 or tau > self.request.cfg_truncation:
             return positive
         negative = self._branch(latents, step, self.prompts[1])
@@ -306,11 +347,9 @@ class _Velocity:
         velocity = self.dit.velocity(latents, self.modulations[step], prompt)
         if torch.isfinite(velocity).all():
             return velocity
-        raise ZQuantError(
-            f"step {step + 1} of {self.settings.steps}: {self._first_bad(latents, step, prompt)} "
-            f"gave values that are not finite (compute dtype {self.dit.compute_dtype}). "
-            f"Use --compute-dtype bfloat16 or float32; if that fails too, a weight is damaged."
-        )
+        who = self._first_bad(latents, step, prompt)
+        where = f"step {step + 1} of {self.settings.steps}: {who}"
+        raise ZQuantError(_not_finite(where, self.dit.compute_dtype))
 
     def _first_bad(self, latents: Tensor, step: int, prompt: Prompt) -> str:
         """Run the step again and watch every block."""
@@ -326,39 +365,15 @@ class _Velocity:
         return bad[0] if bad else "the final layer"
 
 
-def _check_finite(values: Tensor, who: str, device: Device) -> None:
+def _check_finite(values: Tensor, who: str, dtype: torch.dtype) -> None:
     if not torch.isfinite(values).all():
-        raise ZQuantError(
-            f"{who} gave values that are not finite (compute dtype {device.compute_dtype}). "
-            f"Use --compute-dtype bfloat16 or float32; if that fails too, a weight is damaged."
-        )
+        raise ZQuantError(_not_finite(who, dtype))
 
 
-def _model_files(
-    model: str | Path | None, given: dict[str, Path], variant: str | None
-) -> ModelFiles:
-    """The folder's files with the given ones in their place."""
-    if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is unknown; known: {', '.join(VARIANTS)}")
-    if model is None:
-        lacking = [n for n in ("dit", "text_encoder", "vae") if n not in given]
-        if lacking:
-            flags = ", ".join("--" + n.replace("_", "-") for n in lacking)
-            raise ValueError(f"no --model folder is given, and {flags} missing")
-        return ModelFiles(
-            dit=given["dit"],
-            text_encoder=given["text_encoder"],
-            vae=given["vae"],
-            variant=VARIANTS[variant or "turbo"],
-        )
-    files = find_model(Path(model))
-    chosen: Variant = VARIANTS[variant] if variant else files.variant
-    paths = {"dit": files.dit, "text_encoder": files.text_encoder, "vae": files.vae, **given}
-    return ModelFiles(
-        dit=paths["dit"],
-        text_encoder=paths["text_encoder"],
-        vae=paths["vae"],
-        variant=chosen,
-        tokenizer=files.tokenizer,
-        manifest=files.manifest,
-    )
+def _not_finite(who: str, dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float32:
+        remedy = "In float32 this means a damaged weight: download or convert the model again."
+    else:
+        remedy = "Use --compute-dtype float32; if that fails too, a weight is damaged."
+    return f"{who} gave values that are not finite (computed in {name}). {remedy}"

@@ -59,10 +59,13 @@ def check_target(path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the name does not end in .png.
         FileNotFoundError: the folder does not exist.
+        IsADirectoryError: a folder has this name.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"'{path}' does not end in .png; pictures are saved as PNG")
+    if path.is_dir():
+        raise IsADirectoryError(f"'{path}' is a folder; name a file to write")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder '{path.parent}' does not exist; create it first")
 

@@ -7,15 +7,27 @@ Source: size presets of the official Z-Image demo.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["MAX_PIXELS", "PIXEL_MULTIPLE", "PRESETS", "RunRequest", "RunResult"]
+__all__ = [
+    "MAX_COUNT",
+    "MAX_PIXELS",
+    "MAX_STEPS",
+    "PIXEL_MULTIPLE",
+    "PRESETS",
+    "RunRequest",
+    "RunResult",
+]
 
 PIXEL_MULTIPLE = 16
 MAX_PIXELS = 8192  # per side: 512 positions per axis of the checkpoint's tables, 16 pixels each
+MAX_STEPS = 1000  # as many noise levels as the model was trained on
+MAX_COUNT = 1000  # the noise and the results of all pictures are in memory together
+
+_FLOAT32_MAX = 3.4e38  # the latents are float32
 
 _LANDSCAPE = {
     "720": ("720x720", "896x512", "832x544", "800x576"),
@@ -48,15 +60,19 @@ class RunRequest:
         negative_prompt: what to avoid; used only when guidance is on.
         width: pixels, a multiple of 16.
         height: pixels, a multiple of 16.
-        steps: denoising steps.
+        steps: denoising steps, at most 1000.
         seed: of the first picture; None draws one, and the result tells it.
-        count: pictures; picture i uses `seed + i`.
+        count: pictures, at most 1000; picture i uses `seed + i`.
         guidance_scale: diffusers' scale (0 is off; A1111's CFG scale minus 1).
-        cfg_normalization: 0 is off; k limits the guided velocity's norm to k times the unguided.
+        cfg_normalization: 0 is off; k limits the guided velocity's norm to k times the unguided;
+            True is 1.
         cfg_truncation: guidance is off in steps whose tau (1 - sigma) exceeds it.
         shift: of the sigma schedule.
         initial_latents: float32 `[count, C, H / 8, W / 8]` instead of seeded noise.
         keep_latents: keep the latents after every step.
+
+    Raises:
+        ValueError: a field is of the wrong type or out of range.
     """
 
     prompt: str
@@ -74,24 +90,49 @@ class RunRequest:
     keep_latents: bool = False
 
     def __post_init__(self) -> None:
+        for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
+            _check_text(name, text)
         if not self.prompt.strip():
             raise ValueError("the prompt is empty; describe the picture")
         for name, pixels in (("width", self.width), ("height", self.height)):
+            _check_integer(name, pixels)
             _check_pixels(name, pixels)
-        for name, number in (("steps", self.steps), ("count", self.count)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} is {number}; it must be at least 1")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1")
+        for name, number, most in (
+            ("steps", self.steps, MAX_STEPS),
+            ("count", self.count, MAX_COUNT),
+        ):
+            if number is not None:
+                _check_integer(name, number)
+                if not 1 <= number <= most:
+                    raise ValueError(f"{name} is {number}; it must be from 1 to {most}")
+        if self.seed is not None:
+            _check_integer("seed", self.seed)
+            if not 0 <= self.seed <= 2**63 - self.count:
+                raise ValueError(
+                    f"seed is {self.seed}; it must be from 0 to 2**63 - {self.count}, so that "
+                    f"{self.count} pictures have seeds below 2**63"
+                )
+        self._check_scales()
+        given: Any = self.initial_latents
+        if given is not None and not isinstance(given, Tensor):
+            kind = type(given).__name__
+            raise ValueError(f"initial_latents is a {kind}; it must be a float torch.Tensor")
+
+    def _check_scales(self) -> None:
         for name, value in (
             ("guidance_scale", self.guidance_scale),
             ("cfg_normalization", self.cfg_normalization),
             ("cfg_truncation", self.cfg_truncation),
+            ("shift", self.shift),
         ):
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name} is {value}; it must be a number from 0")
-        if self.shift is not None and not 0 < self.shift < float("inf"):
-            raise ValueError(f"shift is {self.shift}; it must be a positive number")
+            if value is None and name in ("guidance_scale", "shift"):
+                continue
+            # a flag is a number only where the reference has a flag
+            if not _is_number(value, flag=name == "cfg_normalization"):
+                raise ValueError(f"{name} is {value!r:.80}; it must be a finite number")
+            if value < 0 or (name == "shift" and value == 0):
+                what = "a positive number" if name == "shift" else "0 or more"
+                raise ValueError(f"{name} is {value}; it must be {what}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,11 +162,37 @@ class RunResult:
     notices: list[str] = field(default_factory=list)
 
 
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r:.80}; it must be text")
+    bad = next((i for i, c in enumerate(value) if 0xD800 <= ord(c) < 0xE000), None)
+    if bad is not None:
+        raise ValueError(
+            f"{name} holds a lone surrogate ({value[bad]!r}) at character {bad}, which is not "
+            f"Unicode text; write it as UTF-8"
+        )
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r:.80}; it must be a whole number")
+
+
+def _is_number(value: Any, *, flag: bool) -> TypeGuard[float]:
+    """Whether `value` is a finite int or float (`flag`: or a bool)."""
+    if isinstance(value, bool):
+        return flag
+    return isinstance(value, (int, float)) and abs(value) <= _FLOAT32_MAX
+
+
 def _check_pixels(name: str, pixels: int) -> None:
     if pixels % PIXEL_MULTIPLE or not PIXEL_MULTIPLE <= pixels <= MAX_PIXELS:
-        low = min(max(pixels // PIXEL_MULTIPLE, 1) * PIXEL_MULTIPLE, MAX_PIXELS)
-        high = min(low + PIXEL_MULTIPLE, MAX_PIXELS)
+        below = pixels // PIXEL_MULTIPLE * PIXEL_MULTIPLE
+        allowed = (PIXEL_MULTIPLE, MAX_PIXELS)
+        nearest = {
+            min(max(edge, allowed[0]), allowed[1]) for edge in (below, below + PIXEL_MULTIPLE)
+        }
         raise ValueError(
-            f"{name} is {pixels}; it must be a multiple of 16 from 16 to {MAX_PIXELS}. "
-            f"Nearest: {low} or {high}"
+            f"{name} is {pixels}; it must be a multiple of {PIXEL_MULTIPLE} from {allowed[0]} to "
+            f"{allowed[1]}. Nearest: {' or '.join(map(str, sorted(nearest)))}"
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["denoise", "guide", "initial_noise", "sigmas"]
+__all__ = ["denoise", "guide", "initial_noise", "sigmas", "taus"]
 
 
 def sigmas(steps: int, shift: float) -> Tensor:
@@ -25,8 +25,14 @@ def sigmas(steps: int, shift: float) -> Tensor:
     """
     if steps < 1 or shift <= 0:
         raise ValueError(f"steps must be at least 1 and shift positive; got {steps} and {shift}")
-    u = 1 - torch.arange(steps, dtype=torch.float64) / steps
-    return torch.cat((shift * u / (1 + (shift - 1) * u), torch.zeros(1))).float()
+    # rounded as the reference does: the time embedding sees the last bit
+    u = torch.linspace(1.0, 1 / steps, steps)
+    return torch.cat((shift * u / (1 + (shift - 1) * u), torch.zeros(1)))
+
+
+def taus(schedule: Tensor) -> Tensor:
+    """float32 `[steps]` times that the DiT is told, 1 - sigma, rounded as the reference does."""
+    return (1000 - schedule[:-1] * 1000) / 1000
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -48,8 +54,8 @@ def guide(
     guided = positive + guidance_scale * (positive - negative)
     if normalization > 0:
         dims = tuple(range(1, positive.ndim))
-        limit = normalization * positive.norm(dim=dims, keepdim=True)
-        norm = guided.norm(dim=dims, keepdim=True)
+        limit = normalization * torch.linalg.vector_norm(positive, dim=dims, keepdim=True)
+        norm = torch.linalg.vector_norm(guided, dim=dims, keepdim=True)
         guided = torch.where(norm > limit, guided * (limit / norm), guided)
     return guided
 

@@ -260,14 +260,14 @@ def test_text_encoder() -> None:
 def sampled(dit: DiT, guidance_scale: float) -> torch.Tensor:
     """Four steps of 32×32 pixels, with the velocities of `dit`."""
     schedule = sampling.sigmas(4, 3.0)
+    taus = sampling.taus(schedule).tolist()
     positive, negative = waves(11, 16, phase=0.5), waves(8, 16, phase=0.9)
 
     def velocity(latents: torch.Tensor, step: int) -> torch.Tensor:
-        tau = 1 - schedule[step].item()
-        v = -dit(latents, tau, positive)
+        v = -dit(latents, taus[step], positive)
         if guidance_scale == 0:
             return v
-        return sampling.guide(v, -dit(latents, tau, negative), guidance_scale, 0.0)
+        return sampling.guide(v, -dit(latents, taus[step], negative), guidance_scale, 0.0)
 
     return sampling.denoise(velocity, waves(1, 16, 16, 16, phase=0.3), schedule)
 

@@ -1,11 +1,5 @@
 """diffusers' own pipeline as the oracle, and what zquant converts from the same weights."""
 
-import os
-
-# before transformers and diffusers are imported: no hub requests, no progress bars
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -70,6 +70,19 @@ def test_noise_is_diffusers_noise(oracle: Any) -> None:
     assert torch.equal(sampling.initial_noise((1, 16, 6, 10), 7), theirs)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+def test_schedule_is_diffusers_schedule_to_the_last_bit(shift: float) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    for steps in range(1, 51):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        u = torch.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(sigmas=u.tolist())
+        ours = sampling.sigmas(steps, shift)
+        assert torch.equal(ours, scheduler.sigmas), steps
+        assert torch.equal(sampling.taus(ours), (1000 - scheduler.timesteps) / 1000), steps
+
+
 def test_steps_as_for_turbo(oracle: Any, engine: zquant.Engine) -> None:
     size = {"width": 48, "height": 32, "steps": 8, "guidance_scale": 0.0}
     assert_same(paint_ours(engine, PROMPT, **size), paint(oracle, PROMPT, **size))

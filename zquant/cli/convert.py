@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,12 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({o.component: _tensors(o) for o in plan.outputs}))
         return 0
-    bar = _Bar(plan.n_weights)
-    result = convert(plan, bar)
-    bar.close()
+    try:
+        with closing(_Bar(plan.n_weights)) as bar:
+            result = convert(plan, bar)
+    except KeyboardInterrupt:
+        print(f"{plan.request.out}: not complete; go on with --resume", file=sys.stderr)
+        raise
     if args.json:
         print(json.dumps(result.manifest))
     else:
@@ -64,12 +68,16 @@ def _request(args: argparse.Namespace) -> Any:
     from zquant.quant.qtypes import qtype_by_name
 
     if len(args.paths) > 2:
-        raise ValueError(f"convert takes SOURCE and OUT; got {len(args.paths)} paths")
+        raise ValueError(
+            f"convert takes SOURCE and OUT; got {len(args.paths)} paths: {' '.join(args.paths)}"
+        )
     types = []
     for text in args.tensor_type:
         pattern, equals, name = text.rpartition("=")
         if not (pattern and equals):
-            raise ValueError(f"--tensor-type {text!r} is not REGEX=QTYPE")
+            raise ValueError(
+                f"--tensor-type {text!r} is not REGEX=QTYPE, e.g. 'layers[.]0[.]=Q8_0'"
+            )
         types.append((pattern, qtype_by_name(name)))
     return ConvertRequest(
         source=args.paths[0] if len(args.paths) == 2 else None,
@@ -100,7 +108,8 @@ class _Bar:
     def __init__(self, total: int) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(total=total, unit="weight", unit_scale=True, file=sys.stderr)
+        # None: nothing is drawn where nobody is watching a terminal
+        self._bar = tqdm(total=total, unit="weight", unit_scale=True, file=sys.stderr, disable=None)
 
     def __call__(self, name: str, n_weights: int) -> None:
         self._bar.set_description(name, refresh=False)

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return the exit code."""
     if hasattr(sys.stdout, "reconfigure"):  # a console that cannot show Chinese still gets text
         sys.stdout.reconfigure(errors="backslashreplace")
-    args = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
+    args = _parsed(sys.argv[1:] if argv is None else argv)
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -57,6 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug or env.DEBUG.is_on:
             traceback.print_exc()
         return _fail(f"error: {_message(error)}", 2 if isinstance(error, ValueError) else 1)
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; a command's `paths` may stand on both sides of its options."""
+    parser = _parser(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        paths = getattr(args, "paths", None)
+        if paths is None or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        paths.extend(rest)
+    return args
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

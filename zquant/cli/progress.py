@@ -21,7 +21,10 @@ class PhaseBar:
         if phase != self._phase:
             self.close()
             self._phase = phase
-            self._bar = tqdm(total=total, desc=phase, unit=self._unit, file=sys.stderr)
+            # disable=None: only a terminal gets bars
+            self._bar = tqdm(
+                total=total, desc=phase, unit=self._unit, file=sys.stderr, disable=None
+            )
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:

@@ -3,15 +3,13 @@
 import argparse
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add_arguments", "run"]
+from zquant.cli.run_request import COMPUTE_DTYPES, differences, request_of
 
-FROM_RECIPE = (  # request fields that a PNG's recipe sets, unless a flag says otherwise
-    *("negative_prompt", "width", "height", "steps", "seed", "guidance_scale"),
-    *("cfg_normalization", "cfg_truncation", "shift"),
-)
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--model", type=Path, metavar="DIR", help="a converted or official folder")
     for flag in ("--dit", "--text-encoder", "--vae"):
-        model.add_argument(flag, type=Path, metavar="FILE", help="file in place of the folder's")
+        model.add_argument(flag, type=Path, metavar="FILE", help="single file, or in its place")
     model.add_argument("--variant", choices=("turbo", "base"), help="when the files cannot tell")
     picture = parser.add_argument_group("picture (defaults: the model's own)")
     picture.add_argument("--out", type=Path, default=Path("zquant.png"), metavar="FILE")
@@ -39,22 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--save-latents", type=Path, metavar="FILE", help="final latents as .npy")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    machine.add_argument(
-        "--compute-dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32")
-    )
+    machine.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, help="default: auto")
     machine.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
-    request, recipe = _request(args)
+    request, recipe = request_of(args)
     paths = output_paths(args.out, request.count)
+    _check_targets(args)
 
     import zquant
     from zquant.cli.progress import PhaseBar
     from zquant.formats.latents import save_latents
-    from zquant.image import check_target, save_png
+    from zquant.image import save_png
 
-    check_target(args.out)
     engine = zquant.Engine.open(
         args.model,
         dit=args.dit,
@@ -62,21 +58,23 @@ def run(args: argparse.Namespace) -> int:
         vae=args.vae,
         variant=args.variant,
         device=args.device,
-        compute_dtype=args.compute_dtype or "auto",
+        compute_dtype=args.compute_dtype or recipe.get("compute_dtype", "auto"),
     )
-    device = engine.device
-    dtype = str(device.compute_dtype).removeprefix("torch.")
-    print(f"{device.name}, {dtype} ({device.reason})", file=sys.stderr)
-    for notice in _differences(recipe, engine):
-        print(f"note: {notice}", file=sys.stderr)
-    bar = PhaseBar()
-    result = engine.generate(request, bar)
-    bar.close()
+    with closing(engine):
+        device = engine.device
+        dtype = str(device.compute_dtype).removeprefix("torch.")
+        print(f"{device.name}, {dtype} ({device.reason})", file=sys.stderr)
+        changed = differences(recipe, engine)
+        for notice in changed:
+            print(f"note: {notice}", file=sys.stderr)
+        with closing(PhaseBar()) as bar:
+            result = engine.generate(request, bar)
     for notice in result.notices:
         print(f"note: {notice}", file=sys.stderr)
+    result.notices.extend(changed)
     for path, image, each in zip(paths, result.images, result.recipes, strict=True):
         save_png(image, path, each)
-    if args.save_latents and result.latents is not None:
+    if args.save_latents is not None and result.latents is not None:
         save_latents(args.save_latents, result.latents[-1])
     _report(args, paths, result)
     return 0
@@ -89,47 +87,14 @@ def output_paths(out: Path, count: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(count)]
 
 
-def _request(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The request, and the recipe it repeats (empty without --from-png)."""
-    from zquant.formats.latents import load_latents
-    from zquant.image import read_recipe
-    from zquant.request import PRESETS, RunRequest
+def _check_targets(args: argparse.Namespace) -> None:
+    """What would keep the results from being written is said before the work."""
+    from zquant.image import check_target
 
-    recipe = read_recipe(args.from_png) if args.from_png else {}
-    fields = {name: recipe[name] for name in FROM_RECIPE if name in recipe}
-    if args.size is not None:
-        if args.size not in PRESETS:
-            raise ValueError(f"size {args.size!r} is unknown; known: {', '.join(PRESETS)}")
-        fields["width"], fields["height"] = PRESETS[args.size]
-    for name in FROM_RECIPE:
-        if getattr(args, name) is not None:
-            fields[name] = getattr(args, name)
-    prompt = args.prompt if args.prompt is not None else recipe.get("prompt")
-    if prompt is None:
-        raise ValueError("a PROMPT is needed (or --from-png FILE)")
-    if args.initial_latents is not None:
-        fields["initial_latents"] = load_latents(args.initial_latents)
-    elif recipe.get("initial_latents"):
-        raise ValueError(f"{args.from_png} was painted from --initial-latents; give them again")
-    keep = args.save_latents is not None
-    return RunRequest(prompt=prompt, count=args.count, keep_latents=keep, **fields), recipe
-
-
-def _differences(recipe: dict[str, Any], engine: Any) -> list[str]:
-    """Why a repeated picture may differ from the one it repeats."""
-    if not recipe:
-        return []
-    device = engine.device
-    now = {
-        "sha256": engine.sha256,
-        "compute_dtype": str(device.compute_dtype).removeprefix("torch."),
-        "device": device.name,
-    }
-    return [
-        f"{name} was {recipe[name]} and is {value}; the picture may differ"
-        for name, value in now.items()
-        if recipe.get(name) not in (None, value)
-    ]
+    check_target(args.out)
+    latents = args.save_latents
+    if latents is not None and not latents.parent.is_dir():
+        raise FileNotFoundError(f"folder '{latents.parent}' does not exist; create it first")
 
 
 def _report(args: argparse.Namespace, paths: list[Path], result: Any) -> None:
@@ -142,6 +107,7 @@ def _report(args: argparse.Namespace, paths: list[Path], result: Any) -> None:
             "timings": result.timings,
             "peak_host_bytes": result.peak_host_bytes,
             "peak_vram_bytes": result.peak_vram_bytes,
+            "latents": None if args.save_latents is None else str(args.save_latents),
             "notices": result.notices,
         }
         print(json.dumps(document, ensure_ascii=False))

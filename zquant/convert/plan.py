@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import zquant
+from zquant.convert.headers import Listed, describe, file_header
 from zquant.errors import CheckpointError
 from zquant.formats.detect import open_source
-from zquant.formats.gguf_file import gguf_header
-from zquant.formats.model_folder import VARIANTS, Variant, source_metadata
+from zquant.formats.model_folder import VARIANTS, Variant
 from zquant.formats.names import (
     COMPONENTS,
     Part,
@@ -29,30 +28,11 @@ from zquant.formats.names import (
     vae_parts,
 )
 from zquant.formats.origin import Origin, find_origin
-from zquant.formats.safetensors_file import safetensors_header
 from zquant.formats.source import WeightSource
-from zquant.models.build import check_names, on_meta
-from zquant.models.config import DiTConfig, TextEncoderConfig, VAEConfig
-from zquant.models.dit import DiT
-from zquant.models.text_encoder import TextEncoder
-from zquant.models.tokenizer import Vocabulary, gguf_metadata
-from zquant.models.vae import VAE
 from zquant.quant.policy import Component, assign, policy_by_name
-from zquant.quant.qtypes import QType
+from zquant.quant.qtypes import QTYPES, QType
 
 __all__ = ["ConversionPlan", "ConvertRequest", "Output", "OutputTensor", "plan_conversion"]
-
-FILE_TYPES = {  # llama.cpp's general.file_type
-    "F32": 0,
-    "F16": 1,
-    "Q4_0": 2,
-    "Q8_0": 7,
-    "Q4_K_S": 14,
-    "Q4_K_M": 15,
-    "Q5_K_M": 17,
-    "Q6_K": 18,
-    "BF16": 32,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,8 +166,9 @@ def plan_conversion(request: ConvertRequest) -> ConversionPlan:
     """Read the headers and decide everything.
 
     Raises:
-        ZQuantError: the source is missing, damaged, another model, or quantized already.
-        ValueError: a policy or tensor type is unknown or impossible.
+        ZQuantError: the source is missing, damaged, another model, or quantized already; or the
+            output would replace its own source.
+        ValueError: a policy or tensor type is unknown or matches nothing.
     """
     policies = {c: policy_by_name(request.qtype) for c in COMPONENTS}
     if request.text_encoder_qtype:
@@ -197,6 +178,7 @@ def plan_conversion(request: ConvertRequest) -> ConversionPlan:
     variant = VARIANTS[request.variant] if request.variant else origin.variant
     outputs = tuple(_output(request, origin, c, policies[c]) for c in COMPONENTS)
     _check_overrides(request, outputs)
+    _keep_sources(outputs)
     return ConversionPlan(
         request=request, origin=origin, variant=variant or VARIANTS["turbo"], outputs=outputs
     )
@@ -206,40 +188,20 @@ def _output(request: ConvertRequest, origin: Origin, component: str, policy: str
     source = open_source(origin.paths[component])
     parts = _COMPONENTS[component].parts(source)
     _refuse_quantized(request, source, parts)
+    metadata = describe(component, origin, source, parts)
     names = _COMPONENTS[component].file_names(parts)
-    shapes = {n: _joined_shape(component, n, [parts[p] for p in ours]) for n, ours in names}
-    if component == "vae":
-        qtypes = {name: parts[ours[0]].qtype for name, ours in names}
-    else:
-        overrides = [o for o in request.tensor_types if any(re.search(o[0], n) for n in shapes)]
-        network: Component = "dit" if component == "dit" else "text_encoder"
-        qtypes = assign(network, shapes, policy, overrides)
-    listed = [(name, qtypes[name], shapes[name]) for name, _ in names]
-    if component == "vae":
-        config = VAEConfig.from_shapes(_shapes(parts))
-        check_names(on_meta(lambda: VAE(config)), parts, str(source.path))
-        header = safetensors_header(listed, {"format": "pt"})
-        file = "vae.safetensors"
-    else:
-        describe = _dit_metadata if component == "dit" else _text_encoder_metadata
-        architecture, metadata = describe(origin, source, parts)
-        metadata["general.file_type"] = FILE_TYPES[policy]
-        header = gguf_header(architecture, metadata, listed)
-        file = f"{component}-{policy}.gguf"
+    grouped = {name: tuple(parts[ours] for ours in officials) for name, officials in names}
+    listed = _listed(request, component, policy, grouped)
+    header = file_header(component, policy, metadata, listed)
     tensors = tuple(
-        OutputTensor(
-            name=name,
-            qtype=qtypes[name],
-            shape=shapes[name],
-            parts=tuple(parts[p] for p in ours),
-            offset=offset,
-        )
-        for (name, ours), offset in zip(names, header.offsets, strict=True)
+        OutputTensor(name=name, qtype=qtype, shape=shape, parts=grouped[name], offset=offset)
+        for (name, qtype, shape), offset in zip(listed, header.offsets, strict=True)
     )
+    file = "vae.safetensors" if component == "vae" else f"{component}-{policy}.gguf"
     return Output(
         component=component,
         path=request.out / file,
-        policy=policy,
+        policy="as stored" if component == "vae" else policy,
         header=header.header,
         tensors=tensors,
         total_size=header.total_size,
@@ -247,11 +209,26 @@ def _output(request: ConvertRequest, origin: Origin, component: str, policy: str
     )
 
 
-def _shapes(parts: Mapping[str, Part]) -> dict[str, tuple[int, ...]]:
-    return {name: part.shape for name, part in parts.items()}
+def _listed(
+    request: ConvertRequest,
+    component: str,
+    policy: str,
+    grouped: Mapping[str, tuple[Part, ...]],
+) -> Listed:
+    """Name, qtype and shape of every tensor of a file."""
+    shapes = {name: _joined_shape(component, name, parts) for name, parts in grouped.items()}
+    if component == "vae":  # kept as it is: small, and all convolutions
+        qtypes = {
+            n: p[0].qtype if p[0].qtype.is_float else QTYPES["F32"] for n, p in grouped.items()
+        }
+    else:
+        overrides = [o for o in request.tensor_types if any(re.search(o[0], n) for n in shapes)]
+        network: Component = "dit" if component == "dit" else "text_encoder"
+        qtypes = assign(network, shapes, policy, overrides)
+    return [(name, qtypes[name], shape) for name, shape in shapes.items()]
 
 
-def _joined_shape(component: str, name: str, parts: list[Part]) -> tuple[int, ...]:
+def _joined_shape(component: str, name: str, parts: tuple[Part, ...]) -> tuple[int, ...]:
     """Shape in the output: rows added up, the VAE's attention as convolutions."""
     shape = parts[0].shape
     if len(parts) > 1:
@@ -271,11 +248,23 @@ def _refuse_quantized(
         )
 
 
+def _keep_sources(outputs: tuple[Output, ...]) -> None:
+    """No output may take the place of a source: an interrupted run could not be resumed."""
+    sources = {Path(reader.name).resolve() for o in outputs for reader in o.source.readers}
+    for output in outputs:
+        if output.path.resolve() in sources:
+            raise CheckpointError(
+                f"{output.path}: is a source and would be replaced. Choose another OUT folder."
+            )
+
+
 def _check_pattern(pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"--tensor-type {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(
+            f"--tensor-type {pattern!r} is not a regular expression: {error}"
+        ) from error
 
 
 def _check_overrides(request: ConvertRequest, outputs: tuple[Output, ...]) -> None:
@@ -283,51 +272,7 @@ def _check_overrides(request: ConvertRequest, outputs: tuple[Output, ...]) -> No
     names = [t.name for output in outputs if output.component != "vae" for t in output.tensors]
     for pattern, qtype in request.tensor_types:
         if not any(re.search(pattern, name) for name in names):
-            raise ValueError(f"--tensor-type {pattern}={qtype} matches no tensor; see --dry-run")
-
-
-def _dit_metadata(
-    origin: Origin, source: WeightSource, parts: Mapping[str, Part]
-) -> tuple[str, dict[str, Any]]:
-    config = DiTConfig.from_shapes(_shapes(parts), source_metadata(source))
-    check_names(on_meta(lambda: DiT(config)), parts, str(source.path))
-    return "lumina2", {
-        "general.name": origin.label_name("Z-Image"),
-        "general.quantization_version": 2,
-        "lumina2.block_count": config.n_layers,
-        "lumina2.embedding_length": config.dim,
-        "lumina2.feed_forward_length": config.hidden_dim,
-        "lumina2.attention.head_count": config.n_heads,
-        "lumina2.attention.layer_norm_rms_epsilon": config.norm_eps,
-        "lumina2.rope.freq_base": config.rope_theta,
-        "lumina2.rope.dimension_sections": list(config.axes_dims),
-    }
-
-
-def _text_encoder_metadata(
-    origin: Origin, source: WeightSource, parts: Mapping[str, Part]
-) -> tuple[str, dict[str, Any]]:
-    config = TextEncoderConfig.from_shapes(_shapes(parts), source_metadata(source))
-    unused = ("model.norm.", f"model.layers.{config.n_layers - 1}.")
-    check_names(on_meta(lambda: TextEncoder(config)), parts, str(source.path), unused=unused)
-    if "tokenizer.ggml.tokens" in source.metadata:
-        vocabulary = Vocabulary.from_gguf(source.metadata, str(source.path))
-    elif origin.tokenizer is not None:
-        vocabulary = Vocabulary.from_folder(origin.tokenizer)
-    else:
-        vocabulary = Vocabulary.bundled()
-    return "qwen3", {
-        "general.name": origin.label_name("Qwen3"),
-        "general.quantization_version": 2,
-        "qwen3.block_count": config.n_layers,
-        "qwen3.context_length": 40960,
-        "qwen3.embedding_length": config.hidden_size,
-        "qwen3.feed_forward_length": config.intermediate_size,
-        "qwen3.attention.head_count": config.n_heads,
-        "qwen3.attention.head_count_kv": config.n_kv_heads,
-        "qwen3.attention.key_length": config.head_dim,
-        "qwen3.attention.value_length": config.head_dim,
-        "qwen3.attention.layer_norm_rms_epsilon": config.norm_eps,
-        "qwen3.rope.freq_base": config.rope_theta,
-        **gguf_metadata(vocabulary, config.vocab_size),
-    }
+            raise ValueError(
+                f"--tensor-type {pattern}={qtype} matches none of {len(names)} tensors; names look "
+                f"like {names[-1]!r}. See all of them with --dry-run."
+            )

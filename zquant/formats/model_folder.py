@@ -29,6 +29,7 @@ __all__ = [
 
 MANIFEST = "model.json"
 MANIFEST_FORMAT = "zquant-model-1"
+OFFICIAL_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # unsharded
 OFFICIAL_FOLDERS = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
 
 
@@ -175,7 +176,7 @@ def _variant(where: Path, manifest: Mapping[str, Any]) -> Variant:
             steps=int(manifest["steps"]),
             guidance_scale=float(manifest["guidance_scale"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{where}: incomplete ({error}). Convert the model again.") from error
     if variant.shift <= 0 or variant.steps < 1:
         raise FormatError(
@@ -190,7 +191,9 @@ def source_metadata(source: WeightSource) -> Mapping[str, Any]:
     Raises:
         FormatError: the config file cannot be read.
     """
-    config_file = source.path / "config.json"
+    path = source.path
+    folder = path.parent if path.name in OFFICIAL_FILES else path
+    config_file = folder / "config.json"
     if source.container == "gguf" or not config_file.is_file():
         return source.metadata
     config = read_json(config_file)

@@ -7,17 +7,19 @@ Hugging Face id      owner/name or owner/name@revision, downloaded into the Hugg
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from zquant.errors import CheckpointError, ZQuantError
 from zquant.formats.detect import open_source
 from zquant.formats.model_folder import ModelFiles, Variant, find_model
-from zquant.formats.names import COMPONENTS, components_in
+from zquant.formats.names import COMPONENTS, components_in, dit_parts
 
 __all__ = ["Origin", "find_origin"]
 
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
+NETWORK_TIMEOUT_S = 10  # to connect, and to answer
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt"]
 
 
@@ -30,9 +32,10 @@ class Origin:
     variant: Variant | None
     tokenizer: Path | None
 
-    def label_name(self, family: str) -> str:
-        """`general.name` of a file made from here: the last part of the label, or the family."""
-        return Path(self.label).name or family
+    @property
+    def name(self) -> str:
+        """The model's name: the last part of the folder or id."""
+        return Path(self.label).name or Path(self.label).resolve().name
 
 
 def find_origin(source: str | None, given: dict[str, Path]) -> Origin:
@@ -65,10 +68,7 @@ def _located(source: str) -> Origin:
     if path.is_dir():
         return _from_folder(source, find_model(path))
     if path.is_file():
-        opened = open_source(path)
-        paths = dict.fromkeys(components_in(opened), path)
-        opened.close()
-        return Origin(label=source, paths=paths, variant=None, tokenizer=None)
+        return _from_file(source, path)
     hub = _HUB_ID.fullmatch(source)
     if not hub or path.suffix in (".safetensors", ".gguf", ".json"):
         raise CheckpointError(
@@ -76,6 +76,18 @@ def _located(source: str) -> Origin:
             f"Tongyi-MAI/Z-Image-Turbo. Check the path."
         )
     return _from_folder(source, find_model(_downloaded(hub[1], hub[2])))
+
+
+def _from_file(label: str, path: Path) -> Origin:
+    """Every component that the file holds."""
+    opened = open_source(path)
+    try:
+        paths = dict.fromkeys(components_in(opened), path)
+        if not paths:
+            dit_parts(opened)  # says what the file is instead
+    finally:
+        opened.close()
+    return Origin(label=label, paths=paths, variant=None, tokenizer=None)
 
 
 def _from_folder(label: str, files: ModelFiles) -> Origin:
@@ -88,12 +100,29 @@ def _downloaded(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, needed only here
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError) as error:  # network, missing repository, not in the cache
+        commit = _commit(repository, revision)
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the errors of its HTTP clients share no base class
+        with suppress(Exception):  # no network, but perhaps an earlier download
+            return Path(
+                snapshot_download(
+                    repository,
+                    revision=revision,
+                    allow_patterns=_HUB_FILES,
+                    local_files_only=True,
+                )
+            )
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         at = f" --revision {revision}" if revision else ""
         raise ZQuantError(
-            f"{repository}: cannot be fetched from Hugging Face ({reason}). On a machine with "
-            f"network run: hf download {repository}{at} --local-dir FOLDER, copy FOLDER here, "
-            f"and run: zquant convert FOLDER OUT"
+            f"{repository}: no such folder here, and it cannot be fetched from Hugging Face "
+            f"({reason}). On a machine with network run: hf download {repository}{at} --local-dir "
+            f"FOLDER, copy FOLDER here, and run: zquant convert FOLDER OUT"
         ) from error
+
+
+def _commit(repository: str, revision: str | None) -> str | None:
+    """The commit to fetch; asked for with a limit, because a download waits for a dead network."""
+    from huggingface_hub import HfApi
+
+    return HfApi().model_info(repository, revision=revision, timeout=NETWORK_TIMEOUT_S).sha

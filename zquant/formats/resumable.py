@@ -2,9 +2,10 @@
 
 Pieces go to `<path>.part`; `<path>.part.journal` gets a JSON line for each: its size, the running
 sha256 of everything written so far, and a note of the caller's. The first line is a fingerprint of
-the work. Resuming re-reads the part, keeps pieces for as long as the sums agree, cuts the rest off
-and goes on, so a resumed file is byte-identical to one written in one go, whether the process was
-stopped, killed or lost its power. The file takes its final name only in `publish`.
+the work, the last says that the file is whole. Resuming re-reads the part, keeps pieces for as long
+as the sums agree, cuts the rest off and goes on, so a resumed file is byte-identical to one written
+in one go, whether the process was stopped, killed or lost its power. The file takes its final name
+only in `publish`.
 """
 
 import errno
@@ -13,13 +14,14 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 from zquant.errors import PlanError, ZQuantError
 
 __all__ = ["ResumableFile"]
 
 READ_BYTES = 2**22
+SEALED = "sealed"  # last line of the journal of a whole file
 
 
 class ResumableFile:
@@ -45,15 +47,15 @@ class ResumableFile:
         self.size = 0
         self._hash = hashlib.sha256()
         self._file: BinaryIO | None = None
-        self._log: TextIO | None = None
+        self._log: BinaryIO | None = None
         try:
-            if resume and self.journal.exists():
-                self._recover(fingerprint)
+            lines = _sound_lines(self.journal) if resume else []
+            if lines:
+                self._recover(fingerprint, lines)
             else:
-                self._file = self.part.open("wb")
-                self._log = self.journal.open("w", encoding="utf-8")
-                self._write_line(fingerprint)
+                self._start(fingerprint)
         except OSError as error:
+            self.close()
             raise _explained(self.part, error) from error
 
     @property
@@ -81,10 +83,13 @@ class ResumableFile:
 
     def seal(self) -> None:
         """Everything is written: force it to the disk."""
+        if self._file is None or self._log is None:
+            return  # an earlier run has sealed and published it
         try:
-            if self._file is not None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._write_line(SEALED)
+            os.fsync(self._log.fileno())
         except OSError as error:
             raise _explained(self.part, error) from error
         self.close()
@@ -102,58 +107,86 @@ class ResumableFile:
         """Let go of the files; the part and its journal stay."""
         for file in (self._file, self._log):
             if file is not None:
-                file.close()
+                # a full disk says so again; what is lost here was never in the journal
+                with suppress(OSError):
+                    file.close()
         self._file = self._log = None
+
+    def _start(self, fingerprint: str) -> None:
+        # the journal first: killed after this line, nothing vouches for an older part
+        self._log = self.journal.open("wb")
+        self._file = self.part.open("wb")
+        self._write_line(fingerprint)
 
     def _write_line(self, value: Any) -> None:
         assert self._log is not None
-        self._log.write(json.dumps(value) + "\n")
+        self._log.write(json.dumps(value).encode() + b"\n")
         self._log.flush()
 
-    def _recover(self, fingerprint: str) -> None:
+    def _recover(self, fingerprint: str, lines: list[tuple[Any, int]]) -> None:
         """Keep the longest sound beginning of an earlier run."""
-        lines = _sound_lines(self.journal)
-        if not lines or lines[0] != fingerprint:
+        if lines[0][0] != fingerprint:
             raise ZQuantError(
                 f"{self.part}: made from another source, with other options or by another version; "
                 f"it cannot be resumed. Run without --resume to start over."
             )
-        # killed between taking the final name and forgetting the journal: the work is done
-        written = self.part if self.part.exists() else self.path
-        kept = self._verify(written, lines[1:]) if written.exists() else []
-        with self.journal.open("w", encoding="utf-8") as log:
-            log.writelines(json.dumps(line) + "\n" for line in [fingerprint, *kept])
-        self.notes = [line["note"] for line in kept]
-        if written is self.path and kept and self.size == written.stat().st_size:
-            return  # nothing left to write; append is never called
-        self._file = self.part.open("r+b" if self.part.exists() else "w+b")
-        self._file.truncate(self.size)
-        self._file.seek(self.size)
-        self._log = self.journal.open("a", encoding="utf-8")
+        pieces = [(value, end) for value, end in lines[1:] if _is_piece(value)]
+        if not self.part.exists() and lines[-1][0] == SEALED and self.path.exists():
+            # killed between taking the final name and forgetting the journal: the work is done
+            if self._verify(self.path, pieces) == len(pieces):
+                return
+            self._reset()
+        self.part.touch()
+        kept = self._verify(self.part, pieces)
+        self._log = _cut(self.journal, pieces[kept - 1][1] if kept else lines[0][1])
+        self._file = _cut(self.part, self.size)
 
-    def _verify(self, written: Path, lines: list[Any]) -> list[Any]:
-        """Journal lines whose bytes are in `written`; leaves size and hash after the last one."""
-        kept = []
+    def _reset(self) -> None:
+        self.notes, self.size, self._hash = [], 0, hashlib.sha256()
+
+    def _verify(self, written: Path, pieces: list[tuple[Any, int]]) -> int:
+        """How many pieces are in `written`; leaves notes, size and hash after the last of them."""
         with written.open("rb") as file:
-            for line in lines:
-                running, left = self._hash.copy(), line["size"] - self.size
+            for piece, _ in pieces:
+                running, left = self._hash.copy(), piece["size"] - self.size
                 while left > 0 and (data := file.read(min(left, READ_BYTES))):
                     running.update(data)
                     left -= len(data)
-                if left or running.hexdigest() != line["sha256"]:
+                if left or running.hexdigest() != piece["sha256"]:
                     break
-                self._hash, self.size = running, line["size"]
-                kept.append(line)
-        return kept
+                self._hash, self.size = running, piece["size"]
+                self.notes.append(piece["note"])
+        return len(self.notes)
 
 
-def _sound_lines(journal: Path) -> list[Any]:
-    """Complete lines of a journal whose last line may be torn."""
-    lines = []
-    texts = journal.read_text(encoding="utf-8", errors="replace").split("\n")
-    with suppress(ValueError):
-        for text in texts:
-            lines.append(json.loads(text))  # noqa: PERF401 # those before a torn line count
+def _cut(path: Path, size: int) -> BinaryIO:
+    """The file at `path` cut to `size` bytes, to be continued there."""
+    file = path.open("r+b")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _is_piece(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and type(value.get("size")) is int
+        and {"sha256", "note"} <= set(value)
+    )
+
+
+def _sound_lines(journal: Path) -> list[tuple[Any, int]]:
+    """Complete lines of a journal, whose last may be torn, each with where it ends."""
+    if not journal.exists():
+        return []
+    lines, end = [], 0
+    for text in journal.read_bytes().split(b"\n")[:-1]:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            break
+        end += len(text) + 1
+        lines.append((value, end))
     return lines
 
 

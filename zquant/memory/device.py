@@ -3,6 +3,7 @@
 Nothing here is decided silently: every choice comes with its reason, which `zquant run` prints.
 """
 
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def probe(device: str = AUTO, compute_dtype: str = AUTO) -> Device:
         dtype, reason = COMPUTE_DTYPES[compute_dtype], "as asked"
     else:
         raise DeviceError(
-            f"compute dtype {compute_dtype!r} is unknown. Use auto, {', '.join(COMPUTE_DTYPES)}."
+            f"compute dtype {compute_dtype!r} is unknown. Use {', '.join((AUTO, *COMPUTE_DTYPES))}."
         )
     if chosen.type == "cuda":
         torch.cuda.reset_peak_memory_stats(chosen)
@@ -83,18 +84,25 @@ def _torch_device(device: str) -> torch.device:
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == AUTO:
         return torch.device("cuda", 0) if n_gpus else torch.device("cpu")
-    kind, _, index = device.partition(":")
-    if kind == "cpu" and not index:
+    if device == "cpu":
         return torch.device("cpu")
-    if kind != "cuda" or (index and not index.isdecimal()):
+    match = re.fullmatch(r"cuda(?::(\d{1,4}))?", device, re.ASCII)
+    if match is None:
         raise DeviceError(f"device {device!r} is unknown. Use auto, cpu, cuda or cuda:0.")
-    if int(index or 0) >= n_gpus:
-        found = f"{n_gpus} CUDA devices" if n_gpus else "no CUDA device"
-        raise DeviceError(
-            f"device {device!r} is not there: torch {torch.__version__} sees {found}. "
-            f"Use --device cpu, or install a torch build that matches the driver."
+    index = int(match[1] or 0)
+    if index >= n_gpus:
+        found = {0: "no CUDA device", 1: "one CUDA device, cuda:0"}.get(
+            n_gpus, f"CUDA devices 0 to {n_gpus - 1}"
         )
-    return torch.device("cuda", int(index or 0))
+        remedy = (
+            "Use one that is there."
+            if n_gpus
+            else "Use --device cpu, or install a torch build that matches the driver."
+        )
+        raise DeviceError(
+            f"device {device!r} is not there: torch {torch.__version__} sees {found}. {remedy}"
+        )
+    return torch.device("cuda", index)
 
 
 def _auto_dtype(device: torch.device) -> tuple[torch.dtype, str]:

@@ -5,20 +5,32 @@ Headers are read on opening, weights when a network is built; it is dropped afte
 Sources are mapped, so building on the CPU copies almost nothing; `forget` gives the pages back.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
+from torch import nn
 
 from zquant.errors import CheckpointError
 from zquant.formats.detect import open_source
-from zquant.formats.model_folder import ModelFiles, source_metadata
+from zquant.formats.model_folder import (
+    VARIANTS,
+    ModelFiles,
+    Variant,
+    find_model,
+    source_metadata,
+)
 from zquant.formats.names import Part, dit_parts, text_encoder_parts, vae_parts
-from zquant.models.build import load, on_meta
+from zquant.models.build import check_names, load, on_meta
 from zquant.models.config import DiTConfig, TextEncoderConfig, VAEConfig
 from zquant.models.dit import DiT
 from zquant.models.text_encoder import TextEncoder
 from zquant.models.tokenizer import Tokenizer, Vocabulary
 from zquant.models.vae import VAE
+from zquant.request import RunRequest
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "model_files"]
 
 _PARTS = {"dit": dit_parts, "text_encoder": text_encoder_parts, "vae": vae_parts}
 
@@ -32,6 +44,7 @@ class Checkpoint:
     """
 
     def __init__(self, files: ModelFiles) -> None:
+        _check_defaults(files)
         self.files = files
         self.paths = {"dit": files.dit, "text_encoder": files.text_encoder, "vae": files.vae}
         self.sources = {name: open_source(path) for name, path in self.paths.items()}
@@ -41,22 +54,53 @@ class Checkpoint:
             for name, parts in self.parts.items()
         }
         metadata = {name: source_metadata(source) for name, source in self.sources.items()}
-        try:
+        with _about(files.dit):
             self.dit_config = DiTConfig.from_shapes(shapes["dit"], metadata["dit"])
+        with _about(files.text_encoder):
             self.text_encoder_config = TextEncoderConfig.from_shapes(
                 shapes["text_encoder"], metadata["text_encoder"]
             )
+        with _about(files.vae):
             self.vae_config = VAEConfig.from_shapes(shapes["vae"])
-        except KeyError as error:
-            raise CheckpointError(
-                f"{files.dit.parent}: tensor {error} is missing. Download or convert it again."
-            ) from error
-        wants, gives = self.dit_config.cap_feat_dim, self.text_encoder_config.hidden_size
+        self._check_parts_belong_together()
+        for component in self.paths:
+            self._check_names(component)
+
+    def _check_parts_belong_together(self) -> None:
+        files, dit = self.files, self.dit_config
+        wants, gives = dit.cap_feat_dim, self.text_encoder_config.hidden_size
         if wants != gives:
             raise CheckpointError(
                 f"{files.text_encoder}: gives embeddings of width {gives}; {files.dit.name} wants "
                 f"{wants}. Z-Image needs Qwen3-4B (2560)."
             )
+        vae = self.vae_config
+        if (vae.latent_channels, vae.scale, vae.in_channels) != (dit.in_channels, 8, 3):
+            raise CheckpointError(
+                f"{files.vae}: turns {vae.latent_channels} channels at 1/{vae.scale} of the size "
+                f"into {vae.in_channels}; {files.dit.name} makes {dit.in_channels} channels at 1/8 "
+                f"for pictures of 3. Z-Image needs the FLUX.1 autoencoder."
+            )
+
+    def _check_names(self, component: str) -> None:
+        """Every tensor is there and has its shape, before any work is done."""
+        module = on_meta(self._blank[component])
+        unused = self._unused(component)
+        check_names(module, self.parts[component], str(self.paths[component]), unused=unused)
+
+    @property
+    def _blank(self) -> dict[str, Callable[[], nn.Module]]:
+        return {
+            "dit": lambda: DiT(self.dit_config),
+            "text_encoder": lambda: TextEncoder(self.text_encoder_config),
+            "vae": lambda: VAE(self.vae_config),
+        }
+
+    def _unused(self, component: str) -> tuple[str, ...]:
+        """Prefixes of tensors that may be there and are not needed."""
+        if component != "text_encoder":
+            return ()
+        return ("model.norm.", f"model.layers.{self.text_encoder_config.n_layers - 1}.")
 
     def dit(self, device: torch.device, compute_dtype: torch.dtype) -> DiT:
         """The transformer with its weights on `device`."""
@@ -68,13 +112,12 @@ class Checkpoint:
         """The text encoder with its weights on `device`, its embedding table in the file."""
         module = on_meta(lambda: TextEncoder(self.text_encoder_config))
         module.compute_dtype = compute_dtype
-        last = self.text_encoder_config.n_layers - 1
         return load(
             module,
             self.parts["text_encoder"],
             label=str(self.files.text_encoder),
             device=device,
-            unused=("model.norm.", f"model.layers.{last}."),
+            unused=self._unused("text_encoder"),
         )
 
     def vae(self, device: torch.device, dtype: torch.dtype) -> VAE:
@@ -105,3 +148,72 @@ class Checkpoint:
     def part(self, component: str, name: str) -> Part:
         """A stored tensor by its official name."""
         return self.parts[component][name]
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Name the file in what is wrong with it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def model_files(
+    model: str | Path | None, given: dict[str, Path], variant: str | None
+) -> ModelFiles:
+    """The folder's files with the given ones in their place.
+
+    Args:
+        model: a model folder, or None when all three files are given.
+        given: files by component.
+        variant: "turbo" or "base"; None believes the folder, and assumes turbo without one.
+
+    Raises:
+        ZQuantError: the folder is not a model.
+        ValueError: nothing names a component, or the variant is unknown.
+    """
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is unknown; known: {', '.join(VARIANTS)}")
+    if model is None:
+        lacking = [n for n in ("dit", "text_encoder", "vae") if n not in given]
+        if lacking:
+            flags = ", ".join("--" + n.replace("_", "-") for n in lacking)
+            raise ValueError(f"no --model folder is given, and {flags} missing; give either")
+        return ModelFiles(
+            dit=given["dit"],
+            text_encoder=given["text_encoder"],
+            vae=given["vae"],
+            variant=VARIANTS[variant or "turbo"],
+        )
+    files = find_model(Path(model))
+    chosen: Variant = VARIANTS[variant] if variant else files.variant
+    paths = {"dit": files.dit, "text_encoder": files.text_encoder, "vae": files.vae, **given}
+    manifest = files.manifest
+    if manifest is not None:  # what it says about a file is not true of another in its place
+        listed = {k: v for k, v in manifest["files"].items() if k not in given}
+        manifest = {**manifest, "files": listed}
+    return ModelFiles(
+        dit=paths["dit"],
+        text_encoder=paths["text_encoder"],
+        vae=paths["vae"],
+        variant=chosen,
+        tokenizer=files.tokenizer,
+        manifest=manifest,
+    )
+
+
+def _check_defaults(files: ModelFiles) -> None:
+    """The model's own steps, shift and guidance must be such as a request may ask for."""
+    variant = files.variant
+    try:
+        RunRequest(
+            prompt="any",
+            steps=variant.steps,
+            shift=variant.shift,
+            guidance_scale=variant.guidance_scale,
+        )
+    except ValueError as error:
+        raise CheckpointError(
+            f"{files.dit.parent}: the model's own {error}. Convert or download it again."
+        ) from error

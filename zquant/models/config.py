@@ -7,6 +7,7 @@ own metadata may override.
 Source: the official Z-Image config files.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = ["DiTConfig", "TextEncoderConfig", "VAEConfig"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 AXES_DIMS = {128: (32, 48, 48)}  # head_dim -> rotary dims of the axes t, y, x
+NORM_GROUPS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,16 +58,14 @@ class DiTConfig:
         """Read the sizes off official tensor names and torch shapes.
 
         Raises:
-            CheckpointError: the head width is unusual and `metadata` gives no axis split.
+            CheckpointError: the sizes are not those of such a network, or the head width is unusual
+                and `metadata` gives no axis split.
         """
-        dim, patch_features = shapes["all_x_embedder.2-1.weight"]
-        head_dim = shapes["layers.0.attention.norm_q.weight"][0]
-        axes = metadata.get("lumina2.rope.dimension_sections", AXES_DIMS.get(head_dim))
-        if axes is None or sum(axes) != head_dim:
-            raise CheckpointError(
-                f"attention heads are {head_dim} wide and the axis split is {axes}; Z-Image has "
-                f"heads of 128 split 32 + 48 + 48. This is not a Z-Image transformer."
-            )
+        dim, patch_features = _dims(shapes, "all_x_embedder.2-1.weight", 2)
+        (head_dim,) = _dims(shapes, "layers.0.attention.norm_q.weight", 1)
+        axes = _axes(metadata.get("lumina2.rope.dimension_sections"), head_dim)
+        _check_divides("attention heads", head_dim, "the model width", dim)
+        _check_divides("a patch of 2x2", 4, "the patch features", patch_features)
         return cls(
             dim=dim,
             n_layers=_count(shapes, "layers."),
@@ -73,10 +73,10 @@ class DiTConfig:
             n_heads=dim // head_dim,
             in_channels=patch_features // 4,
             patch_size=2,
-            cap_feat_dim=shapes["cap_embedder.1.weight"][1],
-            axes_dims=tuple(int(a) for a in axes),
-            rope_theta=float(metadata.get("lumina2.rope.freq_base", 256.0)),
-            norm_eps=float(metadata.get("lumina2.attention.layer_norm_rms_epsilon", 1e-5)),
+            cap_feat_dim=_dims(shapes, "cap_embedder.1.weight", 2)[1],
+            axes_dims=axes,
+            rope_theta=_positive(metadata, "lumina2.rope.freq_base", 256.0),
+            norm_eps=_positive(metadata, "lumina2.attention.layer_norm_rms_epsilon", 1e-5),
             t_scale=1000.0,
         )
 
@@ -97,20 +97,28 @@ class TextEncoderConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Shapes, metadata: Mapping[str, Any]) -> "TextEncoderConfig":
-        """Read the sizes off Hugging Face tensor names and torch shapes."""
+        """Read the sizes off Hugging Face tensor names and torch shapes.
+
+        Raises:
+            CheckpointError: the sizes are not those of such a network.
+        """
         attn, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
-        head_dim = shapes[f"{attn}.q_norm.weight"][0]
-        vocab_size, hidden_size = shapes["model.embed_tokens.weight"]
+        (head_dim,) = _dims(shapes, f"{attn}.q_norm.weight", 1)
+        vocab_size, hidden_size = _dims(shapes, "model.embed_tokens.weight", 2)
+        q_width = _dims(shapes, f"{attn}.q_proj.weight", 2)[0]
+        kv_width = _dims(shapes, f"{attn}.k_proj.weight", 2)[0]
+        _check_divides("key heads", head_dim, "the key width", kv_width)
+        _check_divides("shared key heads", kv_width, "the query width", q_width)
         return cls(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
-            intermediate_size=shapes[f"{mlp}.gate_proj.weight"][0],
+            intermediate_size=_dims(shapes, f"{mlp}.gate_proj.weight", 2)[0],
             n_layers=_count(shapes, "model.layers."),
-            n_heads=shapes[f"{attn}.q_proj.weight"][0] // head_dim,
-            n_kv_heads=shapes[f"{attn}.k_proj.weight"][0] // head_dim,
+            n_heads=q_width // head_dim,
+            n_kv_heads=kv_width // head_dim,
             head_dim=head_dim,
-            rope_theta=float(metadata.get("qwen3.rope.freq_base", 1e6)),
-            norm_eps=float(metadata.get("qwen3.attention.layer_norm_rms_epsilon", 1e-6)),
+            rope_theta=_positive(metadata, "qwen3.rope.freq_base", 1e6),
+            norm_eps=_positive(metadata, "qwen3.attention.layer_norm_rms_epsilon", 1e-6),
         )
 
 
@@ -134,15 +142,22 @@ class VAEConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> "VAEConfig":
-        """Read the sizes off diffusers tensor names and torch shapes."""
+        """Read the sizes off diffusers tensor names and torch shapes.
+
+        Raises:
+            CheckpointError: the sizes are not those of such a network.
+        """
         levels = _count(shapes, "decoder.up_blocks.")
         ups = [f"decoder.up_blocks.{i}.resnets.0.conv1.weight" for i in range(levels)]
+        channels = tuple(_dims(shapes, name, 4)[0] for name in reversed(ups))
+        for n in channels:
+            _check_divides("norm groups", NORM_GROUPS, "the channels", n)
         return cls(
-            in_channels=shapes["decoder.conv_out.weight"][0],
-            latent_channels=shapes["decoder.conv_in.weight"][1],
-            block_out_channels=tuple(shapes[name][0] for name in reversed(ups)),
+            in_channels=_dims(shapes, "decoder.conv_out.weight", 4)[0],
+            latent_channels=_dims(shapes, "decoder.conv_in.weight", 4)[1],
+            block_out_channels=channels,
             layers_per_block=_count(shapes, "decoder.up_blocks.0.resnets.") - 1,
-            norm_groups=32,
+            norm_groups=NORM_GROUPS,
             use_quant_conv="post_quant_conv.weight" in shapes,
             scaling_factor=0.3611,
             shift_factor=0.1159,
@@ -151,7 +166,60 @@ class VAEConfig:
 
 def _count(shapes: Shapes, prefix: str) -> int:
     """How many consecutive numbers, from 0, follow `prefix`."""
+    pattern = re.compile(re.escape(prefix) + r"(\d{1,6})\.")
+    found = {int(match[1]) for name in shapes if (match := pattern.match(name))}
     n = 0
-    while any(name.startswith(f"{prefix}{n}.") for name in shapes):
+    while n in found:
         n += 1
     return n
+
+
+def _dims(shapes: Shapes, name: str, n_dims: int) -> tuple[int, ...]:
+    """The shape of a tensor that must be there, with `n_dims` dimensions and no empty one."""
+    if name not in shapes:
+        raise CheckpointError(
+            f"tensor {name!r} is missing. The file may be incomplete; download or convert it again."
+        )
+    shape = tuple(shapes[name])
+    if len(shape) != n_dims or min(shape) < 1:
+        raise CheckpointError(
+            f"tensor {name!r} has shape {list(shape)}; expected {n_dims} dimensions of at least 1. "
+            f"The file is damaged or belongs to another model."
+        )
+    return shape
+
+
+def _check_divides(what: str, size: int, whole_name: str, whole: int) -> None:
+    if whole % size:
+        raise CheckpointError(
+            f"{what} of {size} do not divide {whole_name} of {whole}. The file belongs to another "
+            f"model."
+        )
+
+
+def _axes(given: Any, head_dim: int) -> tuple[int, ...]:
+    """The rotary dims of the axes t, y, x, from the metadata or by the head width."""
+    axes = AXES_DIMS.get(head_dim, ()) if given is None else given
+    is_split = (
+        isinstance(axes, (list, tuple))
+        and len(axes) == 3
+        and all(isinstance(a, int) and a > 0 and a % 2 == 0 for a in axes)
+        and sum(axes) == head_dim
+    )
+    if not is_split:
+        raise CheckpointError(
+            f"attention heads are {head_dim} wide and the axis split is {given!r:.80}; Z-Image has "
+            f"heads of 128 split 32 + 48 + 48. This is not a Z-Image transformer."
+        )
+    return tuple(int(a) for a in axes)
+
+
+def _positive(metadata: Mapping[str, Any], key: str, default: float) -> float:
+    """A positive finite number of the metadata."""
+    value = metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+        raise CheckpointError(
+            f"metadata {key!r} is {value!r:.80}; expected a positive number such as {default:g}. "
+            f"Download or convert the file again."
+        )
+    return float(value)

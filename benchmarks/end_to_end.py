@@ -1,0 +1,209 @@
+"""The main job at full size: convert a checkpoint, paint with it, and say how far from the floor.
+
+    python benchmarks/end_to_end.py SOURCE WORK --qtypes Q8_0 Q4_K_M --sizes 256 512 --out FILE
+
+Every command runs in its own process; its time is wall time, its memory the kernel's figure for
+the peak resident set, mapped pages included. The floor of a step is its multiplications at the rate
+this machine reaches on one of the model's own matrices, plus the expansion of every weight at the
+rate of the decoder alone; attention and elementwise work are not in the floor. The last line is one
+JSON document.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import zquant
+import zquant.memory.device
+from zquant.quant.codec import dequantize
+from zquant.quant.qtypes import QTYPES
+from zquant.units import format_bytes, format_seconds
+
+DIM, HIDDEN, LAYERS, REFINERS = 3840, 10240, 30, 2
+BLOCK_WEIGHTS = 4 * DIM**2 + 3 * DIM * HIDDEN
+CAPTION_TOKENS = 32
+PROMPT = "a red fox in the snow, golden light, photograph"
+SCHEMA = "zquant-end-to-end-1"
+
+
+def main() -> int:
+    """Run everything, print as it comes, end with the document."""
+    args = _arguments()
+    report: dict[str, Any] = {"schema": SCHEMA, "machine": machine(args.compute_dtype)}
+    print(json.dumps(report["machine"], indent=1))
+    report["convert"] = []
+    for qtype in args.qtypes:
+        folder = args.work / qtype
+        if not (args.keep and (folder / "model.json").is_file()):
+            report["convert"].append(_convert(args.source, folder, qtype))
+            _say(report["convert"][-1])
+    report["run"] = []
+    for qtype in args.qtypes:
+        for size in args.sizes:
+            report["run"].append(_run(args, args.work / qtype, qtype, size, report["machine"]))
+            _say(report["run"][-1])
+    document = json.dumps(report)
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(document)
+    return 0
+
+
+def machine(compute_dtype: str) -> dict[str, Any]:
+    """What this runs on, and the rates that bound it."""
+    found = zquant.memory.device.probe("cpu", compute_dtype)
+    dtype = found.compute_dtype
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "zquant": zquant.__version__,
+        "commit": commit,
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "matmul_gflop_s": {m: _matmul_rate(m, dtype) for m in (288, 1056)},
+        "decode_gweights_s": {q: _decode_rate(q, dtype) for q in ("Q8_0", "Q4_K", "Q6_K")},
+    }
+
+
+def floor_seconds(size: int, qtype: str, rates: dict[str, Any]) -> dict[str, float]:
+    """Least time of a step of a `size` x `size` picture on this machine."""
+    image = (size // 16) ** 2
+    flop = 2 * BLOCK_WEIGHTS * (LAYERS * (image + CAPTION_TOKENS) + REFINERS * image)
+    rate = rates["matmul_gflop_s"][288 if size <= 256 else 1056]
+    decode = rates["decode_gweights_s"]["Q8_0" if qtype == "Q8_0" else "Q4_K"]
+    weights = BLOCK_WEIGHTS * (LAYERS + REFINERS)
+    return {
+        "multiply_s": flop / rate / 1e9,
+        "expand_s": weights / decode / 1e9,
+        "tflop": flop / 1e12,
+    }
+
+
+def _matmul_rate(tokens: int, dtype: torch.dtype) -> float:
+    x, weight = torch.randn(tokens, DIM).to(dtype), torch.randn(HIDDEN, DIM).to(dtype)
+    seconds = _best(lambda: x @ weight.t())
+    return round(2 * tokens * DIM * HIDDEN / seconds / 1e9, 1)
+
+
+def _decode_rate(qtype: str, dtype: torch.dtype) -> float:
+    n_rows = 512
+    packed = torch.zeros(n_rows, QTYPES[qtype].row_bytes(DIM), dtype=torch.uint8)
+    out = torch.empty(n_rows, DIM, dtype=dtype)
+    seconds = _best(lambda: dequantize(packed, QTYPES[qtype], dtype, out=out))
+    return round(n_rows * DIM / seconds / 1e9, 3)
+
+
+def _best(work: Any) -> float:
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _measured(words: list[str]) -> tuple[dict[str, Any], str]:
+    """Run a zquant command; its wall time, CPU time and peak memory, and what it printed."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "zquant", *words, "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"zquant {' '.join(words)} ended with {process.returncode}")
+    figures = {
+        "command": f"zquant {words[0]}",
+        "wall_s": round(time.perf_counter() - start, 2),
+        "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
+        "peak_rss_bytes": usage.ru_maxrss * 1024,
+    }
+    return figures, printed
+
+
+def _convert(source: Path, folder: Path, qtype: str) -> dict[str, Any]:
+    figures, printed = _measured(["convert", str(source), str(folder), "--qtype", qtype])
+    files = json.loads(printed)["files"]
+    return {"qtype": qtype, **figures, "files": files}
+
+
+def _run(
+    args: argparse.Namespace, folder: Path, qtype: str, size: int, rates: dict[str, Any]
+) -> dict[str, Any]:
+    flags = {
+        "--model": folder,
+        "--width": size,
+        "--height": size,
+        "--steps": args.steps,
+        "--seed": 0,
+        "--out": args.work / f"{qtype}-{size}.png",
+        "--device": "cpu",
+        "--compute-dtype": args.compute_dtype,
+    }
+    listed = [str(word) for flag in flags.items() for word in flag]
+    figures, printed = _measured(["run", PROMPT, *listed])
+    timings = json.loads(printed)["timings"]
+    steps = sorted(timings["steps"])
+    floor = floor_seconds(size, qtype, rates)
+    return {
+        "qtype": qtype,
+        "size": size,
+        **figures,
+        "step_s": round(steps[len(steps) // 2], 2),
+        "first_step_s": round(timings["steps"][0], 2),
+        "text_encoder_s": round(timings["text_encoder"], 2),
+        "vae_s": round(timings["vae"], 2),
+        "floor": {name: round(value, 2) for name, value in floor.items()},
+    }
+
+
+def _say(row: dict[str, Any]) -> None:
+    peak = format_bytes(row["peak_rss_bytes"])
+    if "size" not in row:
+        print(f"convert {row['qtype']}: {format_seconds(row['wall_s'])}, peak RSS {peak}")
+        return
+    floor = row["floor"]["multiply_s"] + row["floor"]["expand_s"]
+    print(
+        f"run {row['qtype']} {row['size']}x{row['size']}: floor {floor:.1f} s/step, "
+        f"measured {row['step_s']:.1f} s/step ({row['step_s'] / floor:.2f} times), peak RSS {peak}",
+        flush=True,
+    )
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="official checkpoint folder")
+    parser.add_argument("work", type=Path, help="folder for converted models and pictures")
+    parser.add_argument("--qtypes", nargs="+", default=["Q8_0", "Q4_K_M"])
+    parser.add_argument("--sizes", nargs="*", type=int, default=[256, 512])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--compute-dtype", default="auto")
+    parser.add_argument("--keep", action="store_true", help="use converted folders that exist")
+    parser.add_argument("--out", type=Path, help="write the document here as well")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

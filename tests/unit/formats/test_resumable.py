@@ -1,0 +1,183 @@
+"""A file written in pieces: resumed byte for byte after anything that can happen to it."""
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from zquant.errors import PlanError, ZQuantError
+from zquant.formats.resumable import ResumableFile
+
+PIECES = [b"header", b"a" * 1000, b"", b"b" * 5, b"tail"]
+WHOLE = b"".join(PIECES)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "a.gguf"
+
+
+def write(path, n=99, *, resume=False, fingerprint="work"):
+    """The pieces up to `n` that are not there yet; gives the file and where it went on."""
+    file = ResumableFile(path, fingerprint, resume=resume)
+    start = len(file.notes)
+    for i, piece in enumerate(PIECES[start:n], start):
+        file.append(piece[:3], None, last=False)
+        file.append(piece[3:], {"piece": i})
+    return file, start
+
+
+def finish(path):
+    """Resumes, checks that the whole file comes out; gives the piece it went on from."""
+    file, start = write(path, resume=True)
+    assert file.notes == [{"piece": i} for i in range(len(PIECES))]
+    assert (file.size, file.sha256) == (len(WHOLE), hashlib.sha256(WHOLE).hexdigest())
+    file.seal()
+    file.publish()
+    file.clean_up()
+    assert path.read_bytes() == WHOLE
+    assert list(path.parent.iterdir()) == [path]
+    return start
+
+
+def part_of(path):
+    return path.with_name(path.name + ".part"), path.with_name(path.name + ".part.journal")
+
+
+def test_the_name_is_taken_only_by_publishing(path):
+    path.write_bytes(b"old")
+    file, _ = write(path)
+    file.seal()
+    assert path.read_bytes() == b"old"
+    file.publish()
+    assert path.read_bytes() == WHOLE
+
+
+@pytest.mark.parametrize("n", range(len(PIECES) + 1))
+def test_resumed_after_every_piece(n, path):
+    write(path, n)[0].close()
+    assert finish(path) == n
+
+
+def test_a_sealed_file_is_resumed_whole(path):
+    write(path)[0].seal()
+    assert finish(path) == len(PIECES)
+
+
+@pytest.mark.parametrize("garbage", [b"x", b"\0" * 10_000, WHOLE])
+def test_garbage_at_the_end_of_the_part_is_cut_off(garbage, path):
+    write(path, 3)[0].close()
+    with part_of(path)[0].open("ab") as file:
+        file.write(garbage)
+    assert finish(path) == 3
+
+
+@pytest.mark.parametrize(("at", "start"), [(0, 0), (5, 0), (6, 1), (1005, 1), (1006, 3)])
+def test_a_flipped_byte_costs_the_pieces_from_there(at, start, path):
+    write(path, 4)[0].close()
+    data = bytearray(part_of(path)[0].read_bytes())
+    data[at] ^= 1
+    part_of(path)[0].write_bytes(data)
+    assert finish(path) == start
+
+
+@pytest.mark.parametrize(("size", "start"), [(0, 0), (6, 1), (500, 1), (1010, 3)])
+def test_a_part_that_lost_its_end(size, start, path):
+    write(path, 4)[0].close()
+    os.truncate(part_of(path)[0], size)
+    assert finish(path) == start
+
+
+def test_a_journal_torn_anywhere(path):
+    write(path, 4)[0].close()
+    part, journal = part_of(path)
+    data, lines = part.read_bytes(), journal.read_bytes()
+    for size in range(0, len(lines), 7):
+        part.write_bytes(data)
+        journal.write_bytes(lines[:size])
+        assert finish(path) == max(0, lines[:size].count(b"\n") - 1)
+
+
+@pytest.mark.parametrize("line", [b"5", b"null", b'{"size": "1"}', b"\0\0\0", b"[]"])
+def test_lines_that_are_no_pieces_count_for_nothing(line, path):
+    write(path, 2)[0].close()
+    with part_of(path)[1].open("ab") as journal:
+        journal.write(line + b"\n")
+    assert finish(path) == 2
+
+
+def test_other_work_is_refused(path):
+    write(path, 2)[0].close()
+    before = [p.read_bytes() for p in part_of(path)]
+    message = (
+        r"a\.gguf\.part: made from another source, with other options or by another version; .* "
+    )
+    with pytest.raises(ZQuantError, match=message + "Run without --resume to start over"):
+        ResumableFile(path, "other work", resume=True)
+    assert [p.read_bytes() for p in part_of(path)] == before
+
+
+def test_without_resume_everything_starts_over(path):
+    write(path, 2)[0].close()
+    file, start = write(path, fingerprint="other work")
+    file.close()
+    assert start == 0
+    assert json.loads(part_of(path)[1].read_text().splitlines()[0]) == "other work"
+
+
+def test_killed_after_taking_the_name(path):
+    file, _ = write(path)
+    file.seal()
+    file.publish()
+    assert finish(path) == len(PIECES)
+
+
+def test_an_older_file_under_the_name_is_no_part(path):
+    path.write_bytes(WHOLE)  # the same work done before, complete
+    write(path, 3)[0].close()
+    part_of(path)[0].unlink()
+    assert finish(path) == 0
+
+
+def test_a_published_file_that_was_damaged_is_written_again(path):
+    file, _ = write(path)
+    file.seal()
+    file.publish()
+    path.write_bytes(WHOLE[:-1] + b"?")
+    assert finish(path) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_really_full_disk(path):
+    part_of(path)[0].symlink_to("/dev/full")
+    file = ResumableFile(path, "work", resume=False)
+    message = r"a\.gguf\.part: the disk is full\. Free some space and run again with --resume"
+    with pytest.raises(PlanError, match=message):
+        file.append(b"x", None)
+    file.close()
+    part_of(path)[0].unlink()
+    assert finish(path) == 0
+
+
+@pytest.mark.parametrize("step", ["append", "seal"])
+def test_other_failures_name_the_file_and_the_reason(step, path, monkeypatch):
+    file, _ = write(path, 1)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(file, "_write_line", fail)
+    message = r"a\.gguf\.part: cannot be written \(Input/output error\)\. Choose a folder"
+    with pytest.raises(ZQuantError, match=message):
+        file.append(b"x", None) if step == "append" else file.seal()
+    file.close()
+    monkeypatch.undo()
+    assert finish(path) == 1
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ZQuantError, match=r"cannot be written \(No such file or directory\)"):
+        ResumableFile(tmp_path / "no" / "a.gguf", "work", resume=False)
