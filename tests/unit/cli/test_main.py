@@ -162,3 +162,17 @@ def test_help_does_not_load_torch(tmp_path):
             "sys.exit(f'loaded {heavy}' if heavy else 0)"
         )
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_paths_may_stand_on_both_sides_of_options(monkeypatch, capsys):
+    def add_arguments(parser):
+        parser.add_argument("paths", nargs="+")
+        parser.add_argument("--qtype")
+
+    module = SimpleNamespace(add_arguments=add_arguments, run=lambda args: print(args.paths) or 0)
+    monkeypatch.setattr(cli, "import_module", lambda _: module)
+    assert cli.main(["convert", "source", "--qtype", "Q8_0", "out"]) == 0
+    assert capsys.readouterr().out == "['source', 'out']\n"
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["convert", "source", "--qtype", "Q8_0", "out", "--typo"])
+    assert "unrecognized arguments: out --typo" in capsys.readouterr().err
