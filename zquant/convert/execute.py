@@ -11,17 +11,16 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zquant.convert.plan import ConversionPlan, Output
 from zquant.convert.publish import manifest_of, publish
 from zquant.convert.slabs import in_order, slabs_of
+from zquant.convert.workers import cores, workers
 from zquant.errors import PlanError, ZQuantError
 from zquant.formats.resumable import ResumableFile
 from zquant.memory.device import peak_host_bytes
@@ -31,7 +30,7 @@ __all__ = ["ConvertResult", "Progress", "convert"]
 
 Progress = Callable[[str, int], None]  # what is being written, weights done since the last call
 
-SLABS_PER_THREAD = 2  # one being computed, one waiting
+SLABS_PER_WORKER = 2  # one being computed, one waiting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +38,7 @@ class ConvertResult:
     """What was written.
 
     `manifest` is the content of `model.json`; `source_bytes` were read in `seconds`, without what
-    an interrupted run had done.
+    an interrupted run had done; `peak_host_bytes` adds up all worker processes.
     """
 
     folder: Path
@@ -64,64 +63,76 @@ def convert(plan: ConversionPlan, progress: Progress = lambda *_: None) -> Conve
     for output in plan.outputs:
         _drop_other_parts(output, resume=plan.request.resume)
     files: list[ResumableFile] = []
+    peaks: dict[int, int] = {}
     try:
-        source_bytes = _write_all(plan, files, progress)
+        source_bytes = _write_all(plan, files, peaks, progress)
     finally:
         for file in files:
             file.close()
     manifest = manifest_of(plan, files)
+    own = peak_host_bytes()
     publish(folder, files, manifest)
     return ConvertResult(
         folder=folder,
         manifest=manifest,
         seconds=time.perf_counter() - start,
         source_bytes=source_bytes,
-        peak_host_bytes=peak_host_bytes(),
+        peak_host_bytes=sum({**peaks, os.getpid(): own}.values()) if own else None,
     )
 
 
-def _write_all(plan: ConversionPlan, files: list[ResumableFile], progress: Progress) -> int:
-    """Every output as a sealed part, added to `files`; returns the bytes read."""
-    threads, source_bytes = plan.request.threads or _cores(), 0
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the pool is the parallelism
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            for output in plan.outputs:
-                file = ResumableFile(output.path, output.fingerprint, resume=plan.request.resume)
-                files.append(file)
-                source_bytes += _write(output, file, pool, threads * SLABS_PER_THREAD, progress)
-                file.seal()
-    finally:
-        torch.set_num_threads(torch_threads)
+def _write_all(
+    plan: ConversionPlan, files: list[ResumableFile], peaks: dict[int, int], progress: Progress
+) -> int:
+    """Every output as a sealed part, added to `files`; returns the bytes read.
+
+    `peaks` gets the peak memory of every process that worked.
+    """
+    count, source_bytes = plan.request.threads or cores(), 0
+    with workers(count, plan.n_searched) as pool:
+        for output in plan.outputs:
+            file = ResumableFile(output.path, output.fingerprint, resume=plan.request.resume)
+            files.append(file)
+            job = _Job(output, file, peaks, progress)
+            source_bytes += job.write(pool, count * SLABS_PER_WORKER)
+            file.seal()
     return source_bytes
 
 
-def _write(
-    output: Output, file: ResumableFile, pool: Executor, window: int, progress: Progress
-) -> int:
-    """Everything of `output` that `file` does not hold yet; returns the bytes read."""
-    if not file.notes:
-        file.append(output.header, None)
-    done, left = output.tensors[: len(file.notes) - 1], output.tensors[len(file.notes) - 1 :]
-    progress(output.path.name, sum(t.n_weights for t in done))
-    error = power = 0.0
-    with closing(in_order(pool, slabs_of(left), window)) as results:
-        for slab, packed in results:
-            tensor = slab.tensor
-            if tensor.offset > file.size:  # alignment, before a tensor's first slab only
-                file.append(bytes(tensor.offset - file.size), None, last=False)
-            error, power = error + packed.error, power + packed.power
-            note = None
-            if slab.last:
-                note = math.sqrt(error / power) if power else 0.0
-                error = power = 0.0
-                output.source.forget()
-            file.append(packed.data, note, last=slab.last)
-            progress(output.path.name, slab.n_weights)
-    if file.size < output.total_size:
-        file.append(bytes(output.total_size - file.size), None)
-    return sum(part.nbytes for tensor in left for part in tensor.parts)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One output on its way into its file."""
+
+    output: Output
+    file: ResumableFile
+    peaks: dict[int, int]
+    progress: Progress
+
+    def write(self, pool: Executor, window: int) -> int:
+        """Everything that the file does not hold yet; returns the bytes read."""
+        output, file = self.output, self.file
+        if not file.notes:
+            file.append(output.header, None)
+        n_done = len(file.notes) - 1
+        done, left = output.tensors[:n_done], output.tensors[n_done:]
+        self.progress(output.path.name, sum(t.n_weights for t in done))
+        error = power = 0.0
+        with closing(in_order(pool, slabs_of(left), window)) as results:
+            for slab, packed in results:
+                if slab.offset > file.size:  # alignment, before a tensor's first slab only
+                    file.append(bytes(slab.offset - file.size), None, last=False)
+                error, power = error + packed.error, power + packed.power
+                note = None
+                if slab.last:
+                    note = math.sqrt(error / power) if power else 0.0
+                    error = power = 0.0
+                    output.source.forget()
+                file.append(packed.data, note, last=slab.last)
+                self.peaks[packed.process] = packed.peak_host_bytes or 0
+                self.progress(output.path.name, slab.n_weights)
+        if file.size < output.total_size:
+            file.append(bytes(output.total_size - file.size), None)
+        return sum(part.nbytes for tensor in left for part in tensor.parts)
 
 
 def _drop_other_parts(output: Output, *, resume: bool) -> None:
@@ -168,10 +179,3 @@ def _present_bytes(output: Output) -> int:
     if not part.exists() and journal.exists() and output.path.exists():
         return output.path.stat().st_size
     return part.stat().st_size if part.exists() else 0
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -146,6 +146,12 @@ class ConversionPlan:
         """Weights of all files."""
         return sum(output.n_weights for output in self.outputs)
 
+    @property
+    def n_searched(self) -> int:
+        """Weights that become K types, whose scales are searched for."""
+        tensors = (t for output in self.outputs for t in output.tensors)
+        return sum(t.n_weights for t in tensors if t.qtype.name.endswith("_K"))
+
 
 @dataclass(frozen=True, slots=True)
 class _Component:

@@ -1,53 +1,62 @@
-"""Quantize tensors slab by slab in a pool of threads, results in order.
+"""Quantize tensors slab by slab in a pool of workers, results in order.
 
-A slab is some rows of a stored tensor: decoded, quantized and measured by one thread (numpy and
-torch release the interpreter lock). A bounded number of slabs is under way, so memory does not
-depend on the size of the model; rows are quantized alone, so bytes do not depend on the slabs.
+A slab is some rows of a stored tensor: decoded, quantized and measured by one worker, which opens
+the file by itself when it is another process. A bounded number of slabs is under way, so memory
+does not depend on the size of the model; rows are quantized alone, so bytes do not depend on the
+slabs.
 """
 
 import math
+import os
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from zquant.convert.plan import OutputTensor
 from zquant.errors import CheckpointError, PlanError
 from zquant.formats.names import Part
+from zquant.memory.device import peak_host_bytes
 from zquant.quant.codec import dequantize, quantize
+from zquant.quant.qtypes import QType
 
 __all__ = ["Packed", "Slab", "in_order", "slabs_of"]
 
-SLAB_WEIGHTS = 2**20
+SLAB_WEIGHTS = 2**21
+_LOCAL = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
 class Slab:
     """Rows of one part of one tensor."""
 
-    tensor: OutputTensor
+    name: str  # in the output
+    qtype: QType  # in the output
     part: Part
-    rows: slice
+    rows: tuple[int, int]
+    offset: int  # of its tensor in the output
     last: bool  # of its tensor
 
     @property
     def n_weights(self) -> int:
         """Number of weights in these rows."""
-        n_rows: int = self.rows.stop - self.rows.start
-        return n_rows * self.part.shape[-1]
+        return (self.rows[1] - self.rows[0]) * self.part.shape[-1]
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
     """A quantized slab: its bytes, and the sums of squares its tensor's error is made of."""
 
-    data: Any
+    data: npt.NDArray[np.uint8]
     error: float
     power: float
+    process: int
+    peak_host_bytes: int | None  # of that process so far
 
 
 def slabs_of(tensors: Iterable[OutputTensor]) -> Iterator[Slab]:
@@ -58,7 +67,8 @@ def slabs_of(tensors: Iterable[OutputTensor]) -> Iterator[Slab]:
             n_rows = math.prod(part.shape) // part.shape[-1]
             for row in range(0, n_rows, step):
                 last = part is tensor.parts[-1] and row + step >= n_rows
-                yield Slab(tensor, part, slice(row, min(row + step, n_rows)), last)
+                rows = (row, min(row + step, n_rows))
+                yield Slab(tensor.name, tensor.qtype, part, rows, tensor.offset, last)
 
 
 def in_order(
@@ -87,25 +97,39 @@ def in_order(
 
 def _pack(slab: Slab) -> Packed:
     """Decode, quantize and measure one slab."""
-    part, qtype = slab.part, slab.tensor.qtype
+    part, qtype = slab.part, slab.qtype
     row_bytes = part.qtype.row_bytes(part.shape[-1])
-    stored = torch.from_numpy(part.raw().reshape(-1, row_bytes)[slab.rows])
-    weights = dequantize(stored, part.qtype, torch.float32)
+    stored = torch.from_numpy(part.raw().reshape(-1, row_bytes)[slice(*slab.rows)])
+    first, second = _scratch(len(stored), part.shape[-1])
+    weights = dequantize(stored, part.qtype, torch.float32, out=first)
     power = _sum_of_squares(weights)
     if not math.isfinite(power):
         _refuse_non_finite(slab, weights)
-    if qtype is part.qtype:
-        return Packed(stored.numpy().reshape(-1).copy(), 0.0, power)
+    if qtype == part.qtype:
+        return _packed(stored.numpy().copy(), 0.0, power)
     packed = quantize(weights.numpy(), qtype)
-    decoded = dequantize(torch.from_numpy(packed), qtype, torch.float32)
+    decoded = dequantize(torch.from_numpy(packed), qtype, torch.float32, out=second)
     error = _sum_of_squares(decoded.sub_(weights))
     if not math.isfinite(error):
         raise PlanError(
             f"{part.info.reader.name}: tensor {part.info.name!r} holds a weight of "
             f"{weights.abs().max():.3g}, too large for {qtype}. "
-            f"Keep it wide: --tensor-type '{slab.tensor.name}=BF16'"
+            f"Keep it wide: --tensor-type '{slab.name}=BF16'"
         )
-    return Packed(packed.reshape(-1), error, power)
+    return _packed(packed, error, power)
+
+
+def _packed(data: npt.NDArray[np.uint8], error: float, power: float) -> Packed:
+    return Packed(data.reshape(-1), error, power, os.getpid(), peak_host_bytes())
+
+
+def _scratch(n_rows: int, n_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two float32 `[n_rows, n_columns]` buffers of this thread: fresh memory is slow to touch."""
+    n = n_rows * n_columns
+    if getattr(_LOCAL, "size", 0) < n:
+        _LOCAL.size, _LOCAL.buffers = n, (torch.empty(n), torch.empty(n))
+    first, second = (buffer[:n].view(n_rows, n_columns) for buffer in _LOCAL.buffers)
+    return first, second
 
 
 def _sum_of_squares(values: torch.Tensor) -> float:
@@ -122,7 +146,7 @@ def _sum_of_squares(values: torch.Tensor) -> float:
 def _refuse_non_finite(slab: Slab, weights: torch.Tensor) -> None:
     row, column = torch.nonzero(~torch.isfinite(weights))[0].tolist()
     value = weights[row, column].item()
-    row += slab.rows.start + (slab.part.rows[0] if slab.part.rows else 0)
+    row += slab.rows[0] + (slab.part.rows[0] if slab.part.rows else 0)
     raise CheckpointError(
         f"{slab.part.info.reader.name}: tensor {slab.part.info.name!r} holds {value} (row {row}, "
         f"column {column}); expected finite weights. The file is damaged; download it again."

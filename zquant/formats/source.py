@@ -79,6 +79,10 @@ class LocalFile:
             raise FormatError(f"{self.name}: cannot be opened ({error.strerror}).") from error
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
 
+    def __reduce__(self) -> tuple[type["LocalFile"], tuple[str]]:
+        """Another process gets the file by opening it."""
+        return LocalFile, (self.name,)
+
     def read(self, offset: int, size: int) -> Bytes:
         """A view of `size` bytes from `offset`."""
         assert 0 <= offset <= offset + size <= self.size

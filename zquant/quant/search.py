@@ -8,9 +8,11 @@ Both try a short list of candidate grids per group and keep the one of least wei
 The result must equal ggml's byte for byte, so every operation is one fp32 rounding in ggml's order
 and sums run strictly in index order. Groups lie in columns: element i of all groups is row i of
 `x [n, S]`, so elementwise work is one long pass and NumPy's reduction over the outer axis adds the
-rows one after another. Torch does the long elementwise passes because its vector loops are faster
-than NumPy's; its sum (another order), square root (not correctly rounded) and `scalar / tensor` (a
-reciprocal and a product) would change bytes, so sums and numbers per group are NumPy's.
+rows one after another. Sums of products are `einsum`'s, which writes no products to memory, where
+it rounds each product as ggml does. Torch does the long elementwise passes because its vector loops
+are faster than NumPy's; its sum (another order), square root (not correctly rounded) and
+`scalar / tensor` (a reciprocal and a product) would change bytes, so sums and numbers per group are
+NumPy's.
 
 The error weights are an argument: importance-weighted types need another `w`, not another search.
 
@@ -62,6 +64,34 @@ def column_sums(a: torch.Tensor) -> Vector:
     return sums
 
 
+def _einsum_rounds_products() -> bool:
+    """Whether NumPy's einsum multiplies, rounds and then adds, as an x86-64 build does.
+
+    A build for a processor with fused multiply-add may skip the rounding, which changes bytes.
+    """
+    a = np.full((2, 67), 1 + 2.0**-12, np.float32)  # 67: vector loop and remainder
+    b = a.copy()
+    a[0], b[0] = -(1 + 2.0**-11), 1  # the rounded square of 1 + 2**-12, negative
+    ones = np.ones_like(a)
+    return not (np.einsum("ij,ij->j", a, b).any() or np.einsum("ij,ij,ij->j", a, b, ones).any())
+
+
+EINSUM_IS_EXACT = _einsum_rounds_products()
+
+
+def column_products(*factors: torch.Tensor) -> Vector:
+    """Sums over the rows of the product of float32 `[n, S]` factors, left to right; S > 1."""
+    arrays = [factor.numpy() for factor in factors]
+    assert arrays[0].shape[1] >= MIN_GROUPS
+    if EINSUM_IS_EXACT:
+        sums: Vector = np.einsum(",".join(["ij"] * len(arrays)) + "->j", *arrays)
+        return sums
+    product = factors[0] * factors[1]
+    for factor in factors[2:]:
+        product.mul_(factor)
+    return column_sums(product)
+
+
 def search_offset(
     x: torch.Tensor, w: torch.Tensor, grid: OffsetGrid, *, keep_levels: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -106,9 +136,8 @@ class _OffsetFit:
 
     def __init__(self, x: torch.Tensor, w: torch.Tensor) -> None:
         self.x, self.w = x, w
-        self.c, self.product2 = torch.empty_like(x), torch.empty_like(x)
-        self.product = torch.mul(w, x)
-        self.sum_w, self.sum_wx = column_sums(w), column_sums(self.product)
+        self.c = torch.empty_like(x)
+        self.sum_w, self.sum_wx = column_sums(w), column_products(w, x)
 
     def round_levels(self, offset: Vector, t: Vector, top: int) -> torch.Tensor:
         """Nearest levels of every weight on the grid that starts at `offset`."""
@@ -117,10 +146,9 @@ class _OffsetFit:
 
     def least_squares(self) -> tuple[Vector, Vector, Mask]:
         """Best scale and offset for the levels in `c`, and where the problem has a solution."""
-        wc = torch.mul(self.w, self.c, out=self.product)
-        a = column_sums(wc)
-        b = column_sums(torch.mul(wc, self.c, out=self.product2))
-        x = column_sums(wc.mul_(self.x))
+        a = column_products(self.w, self.c)
+        b = column_products(self.w, self.c, self.c)
+        x = column_products(self.w, self.c, self.x)
         d = self.sum_w * b - a * a
         scale = np.divide(self.sum_w * x - self.sum_wx * a, d)
         offset = np.divide(b * self.sum_wx - a * x, d)
@@ -133,7 +161,7 @@ class _OffsetFit:
     def error(self, scale: Vector, offset: Vector) -> Vector:
         """Weighted squared error of the levels in `c`, which it overwrites."""
         r = self.c.mul_(torch.from_numpy(scale)).add_(torch.from_numpy(offset)).sub_(self.x)
-        return column_sums(r.mul_(r).mul_(self.w))
+        return column_products(r, r, self.w)
 
 
 def search_signed(
@@ -154,14 +182,13 @@ def search_signed(
     dead = np.abs(largest) < TINY
     largest[dead] = 1
     wx = w * x
-    c, product = torch.empty_like(x), torch.empty_like(x)
+    c = torch.empty_like(x)
 
     def trial(k: int) -> tuple[Vector, Vector]:
         """Leaves the levels of grid k in `c`; their sums of w*x*l and w*l*l."""
         steps = -(np.float32(half) + np.float32(0.1) * np.float32(k))
         torch.mul(x, torch.from_numpy(steps / largest), out=c).round_().clamp_(-half, half - 1)
-        p = column_sums(torch.mul(wx, c, out=product))
-        return p, column_sums(torch.mul(w, c, out=product).mul_(c))
+        return column_products(wx, c), column_products(w, c, c)
 
     with np.errstate(all="ignore"):
         p, q = trial(0)

@@ -1,0 +1,73 @@
+"""Who quantizes: threads of this process, or processes of their own.
+
+A search for scales is hundreds of short array operations, between which threads wait for the
+interpreter lock: two threads quantize Q4_K at hardly more than the rate of one, two processes at
+twice. A process takes about two seconds to start and its results have to be copied, so small
+conversions and types without a search (Q8_0) stay with threads. Bytes are the same either way.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+
+import torch
+
+from zquant.errors import ZQuantError
+
+__all__ = ["cores", "workers"]
+
+WORTH_PROCESSES = 2**28  # weights
+
+
+@contextmanager
+def workers(count: int, n_searched: int) -> Iterator[Executor]:
+    """A pool of `count` workers, each with one torch thread, to search scales of that many weights.
+
+    Raises:
+        ZQuantError: a worker process was killed.
+    """
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the pool is the parallelism
+    try:
+        with _pool(count, n_searched) as pool:
+            yield pool
+    except BrokenProcessPool as error:
+        raise ZQuantError(
+            "a worker process ended unexpectedly, most likely for want of memory. "
+            "Run again with --resume and fewer --threads."
+        ) from error
+    finally:
+        torch.set_num_threads(torch_threads)
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _pool(count: int, n_searched: int) -> Executor:
+    if count == 1 or n_searched < WORTH_PROCESSES:
+        return ThreadPoolExecutor(count)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when it does, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
