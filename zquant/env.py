@@ -6,7 +6,7 @@ The README table lists the same rows; a test compares them.
 import os
 from dataclasses import dataclass
 
-__all__ = ["DEBUG", "TEST_WEIGHTS", "VARIABLES", "Variable"]
+__all__ = ["DEBUG", "VARIABLES", "Variable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,5 @@ class Variable:
 
 
 DEBUG = Variable("ZQUANT_DEBUG", "0", "`1` shows the traceback of an error, like `--debug`")
-TEST_WEIGHTS = Variable(
-    "ZQUANT_TEST_WEIGHTS", "", "model folder for the tests marked `weights`; empty skips them"
-)
 
-VARIABLES = (DEBUG, TEST_WEIGHTS)
+VARIABLES = (DEBUG,)

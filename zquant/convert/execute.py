@@ -2,8 +2,7 @@
 
     error of a tensor = sqrt( sum (w - w')^2 / sum w^2 ),  w' what the file decodes to
 
-Source pages are dropped as soon as a tensor is done. What was interrupted is resumed by
-`formats/resumable.py`.
+What was interrupted is resumed by `formats/resumable.py`.
 """
 
 import math
@@ -126,7 +125,6 @@ class _Job:
                 if slab.last:
                     note = math.sqrt(error / power) if power else 0.0
                     error = power = 0.0
-                    output.source.forget()
                 file.append(packed.data, note, last=slab.last)
                 self.peaks[packed.process] = packed.peak_host_bytes or 0
                 self.progress(output.path.name, slab.n_weights)

@@ -99,8 +99,9 @@ def _pack(slab: Slab) -> Packed:
     """Decode, quantize and measure one slab."""
     part, qtype = slab.part, slab.qtype
     row_bytes = part.qtype.row_bytes(part.shape[-1])
-    stored = torch.from_numpy(part.raw().reshape(-1, row_bytes)[slice(*slab.rows)])
-    first, second = _scratch(len(stored), part.shape[-1])
+    n_rows = slab.rows[1] - slab.rows[0]
+    stored, first, second = _scratch(n_rows, row_bytes, part.shape[-1])
+    part.read_into(slab.rows[0] * row_bytes, stored.numpy().reshape(-1))
     weights = dequantize(stored, part.qtype, torch.float32, out=first)
     power = _sum_of_squares(weights)
     if not math.isfinite(power):
@@ -123,13 +124,19 @@ def _packed(data: npt.NDArray[np.uint8], error: float, power: float) -> Packed:
     return Packed(data.reshape(-1), error, power, os.getpid(), peak_host_bytes())
 
 
-def _scratch(n_rows: int, n_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two float32 `[n_rows, n_columns]` buffers of this thread: fresh memory is slow to touch."""
+def _scratch(
+    n_rows: int, row_bytes: int, n_columns: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Buffers of this thread, as fresh memory is slow to touch: one of stored bytes, two of floats.
+
+    uint8 `[n_rows, row_bytes]`, then float32 `[n_rows, n_columns]` twice; row_bytes <= 4 n_columns.
+    """
     n = n_rows * n_columns
     if getattr(_LOCAL, "size", 0) < n:
-        _LOCAL.size, _LOCAL.buffers = n, (torch.empty(n), torch.empty(n))
-    first, second = (buffer[:n].view(n_rows, n_columns) for buffer in _LOCAL.buffers)
-    return first, second
+        _LOCAL.size, _LOCAL.buffers = n, [torch.empty(n) for _ in range(3)]
+    stored, first, second = (buffer[:n] for buffer in _LOCAL.buffers)
+    stored = stored.view(torch.uint8)[: n_rows * row_bytes].view(n_rows, row_bytes)
+    return stored, first.view(n_rows, n_columns), second.view(n_rows, n_columns)
 
 
 def _sum_of_squares(values: torch.Tensor) -> float:

@@ -98,12 +98,20 @@ class Part:
             return self.info.nbytes
         return (self.rows[1] - self.rows[0]) * (self.info.nbytes // self.info.shape[0])
 
+    @property
+    def offset(self) -> int:
+        """Where the part begins in its file."""
+        if self.rows is None:
+            return self.info.offset
+        return self.info.offset + self.rows[0] * (self.info.nbytes // self.info.shape[0])
+
     def raw(self) -> npt.NDArray[np.uint8]:
         """Stored bytes of this part, uint8 `[nbytes]`; a view where the file is mapped."""
-        offset = self.info.offset
-        if self.rows is not None:
-            offset += self.rows[0] * (self.info.nbytes // self.info.shape[0])
-        return self.info.reader.read(offset, self.nbytes)
+        return self.info.reader.read(self.offset, self.nbytes)
+
+    def read_into(self, start: int, out: npt.NDArray[np.uint8]) -> None:
+        """Fill `out` with stored bytes of this part, from byte `start` of it."""
+        self.info.reader.read_into(self.offset + start, out)
 
 
 def dit_parts(source: WeightSource) -> dict[str, Part]:

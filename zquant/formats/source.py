@@ -7,6 +7,7 @@ ranges needs a new reader and nothing else.
 
 import mmap
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,9 @@ class ByteReader(Protocol):
     def read(self, offset: int, size: int) -> Bytes:
         """`size` bytes from `offset` as uint8 `[size]`; a view where the file is mapped."""
 
+    def read_into(self, offset: int, out: Bytes) -> None:
+        """Fill `out` from `offset`, leaving nothing else in memory: for data needed once."""
+
     def forget(self) -> None:
         """Drop what is held in memory; later reads fetch again."""
 
@@ -66,15 +70,14 @@ class LocalFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = str(path)
         try:
-            with Path(path).open("rb") as file:
-                status = os.fstat(file.fileno())
-                self.size = status.st_size
-                self.stamp: list[str | int] = [Path(path).name, self.size, status.st_mtime_ns]
-                if self.size == 0:
-                    raise FormatError(
-                        f"{self.name}: the file is empty. Download or convert it again."
-                    )
-                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._release = weakref.finalize(self, os.close, self._fd)
+            status = os.fstat(self._fd)
+            self.size = status.st_size
+            self.stamp: list[str | int] = [Path(path).name, self.size, status.st_mtime_ns]
+            if self.size == 0:
+                raise FormatError(f"{self.name}: the file is empty. Download or convert it again.")
+            self._map: mmap.mmap | None = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise FormatError(f"{self.name}: cannot be opened ({error.strerror}).") from error
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
@@ -88,6 +91,21 @@ class LocalFile:
         assert 0 <= offset <= offset + size <= self.size
         return self._bytes[offset : offset + size]
 
+    def read_into(self, offset: int, out: Bytes) -> None:
+        """Fill `out` without mapping pages, which costs several times the copy."""
+        if not hasattr(os, "preadv"):  # Windows
+            out[:] = self.read(offset, len(out))
+            return
+        done = 0
+        while done < len(out):
+            n_read = os.preadv(self._fd, [out.data[done:]], offset + done)
+            if n_read == 0:
+                raise FormatError(
+                    f"{self.name}: became shorter while it was read; expected {self.size} bytes. "
+                    f"Let the download finish, then start again."
+                )
+            done += n_read
+
     def forget(self) -> None:
         """Drop the mapped pages from this process; the system may keep them cached."""
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -97,6 +115,7 @@ class LocalFile:
         """Let go of the mapping; it ends when the last view is gone."""
         self._bytes = np.empty(0, np.uint8)
         self._map = None
+        self._release()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
