@@ -23,6 +23,7 @@ from torch import Tensor
 import zquant
 from zquant import sampling
 from zquant.errors import CheckpointError, ZQuantError
+from zquant.formats.model_folder import demo_notice
 from zquant.image import to_image
 from zquant.memory.device import Device, peak_host_bytes, probe
 from zquant.models.checkpoint import Checkpoint, model_files
@@ -44,6 +45,8 @@ KEPT_PROMPTS = 8
 class _Settings:
     """A request with every default filled in."""
 
+    width: int
+    height: int
     steps: int
     seed: int
     guidance_scale: float
@@ -79,7 +82,8 @@ class Engine:
         """Open a model folder, single files, or a folder with some files replaced.
 
         Args:
-            model: a folder made by `zquant convert`, or an official one.
+            model: a folder made by `zquant convert`, or an official one; the text "demo" is the
+                small model inside zquant.
             dit: a DiT file; likewise `text_encoder` and `vae`.
             text_encoder: see `dit`.
             vae: see `dit`.
@@ -100,6 +104,8 @@ class Engine:
                 f"single files do not tell the variant; {assumed.name} is assumed ({assumed.steps} "
                 f"steps, shift {assumed.shift:g}). Name it with --variant, or give --model"
             )
+        if notice := demo_notice(model):
+            notices.append(notice)
         # the device first: it is wrong more often than the files, and found out sooner
         chosen = probe(device, compute_dtype)
         return cls(Checkpoint(files), chosen, notices)
@@ -154,7 +160,7 @@ class Engine:
             timings=timings,
             peak_host_bytes=peak_host_bytes(),
             peak_vram_bytes=self.device.peak_vram_bytes(),
-            notices=self.notices + notices,
+            notices=self.notices + self._hints(request) + notices,
         )
 
     def _settings(self, request: RunRequest) -> _Settings:
@@ -162,7 +168,10 @@ class Engine:
         guidance = request.guidance_scale
         steps = variant.steps if request.steps is None else request.steps
         shift = variant.shift if request.shift is None else request.shift
+        width, height = self.checkpoint.files.size
         return _Settings(
+            width=width if request.width is None else request.width,
+            height=height if request.height is None else request.height,
             steps=steps,
             seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
             guidance_scale=variant.guidance_scale if guidance is None else guidance,
@@ -170,10 +179,15 @@ class Engine:
             schedule=sampling.sigmas(steps, shift),
         )
 
+    def _hints(self, request: RunRequest) -> list[str]:
+        hint = self.checkpoint.files.hint
+        text = hint.about(request.prompt) if hint else None
+        return [text] if text else []
+
     def _noise(self, request: RunRequest, settings: _Settings) -> Tensor:
         """float32 `[count, C, H, W]` on the CPU."""
         config = self.checkpoint.vae_config
-        size = (request.height // config.scale, request.width // config.scale)
+        size = (settings.height // config.scale, settings.width // config.scale)
         shape = (self.checkpoint.dit_config.in_channels, *size)
         given = request.initial_latents
         if given is None:
@@ -182,7 +196,8 @@ class Engine:
         if given.shape != (request.count, *shape) or not given.is_floating_point():
             raise ValueError(
                 f"initial_latents are {given.dtype} {list(given.shape)}; expected floats "
-                f"{[request.count, *shape]} for {request.count} of {request.width}x{request.height}"
+                f"{[request.count, *shape]} for {request.count} of {settings.width}x"
+                f"{settings.height}"
             )
         noise = given.float().cpu()
         if not torch.isfinite(noise).all():
@@ -299,8 +314,8 @@ class Engine:
         return {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
-            "width": request.width,
-            "height": request.height,
+            "width": settings.width,
+            "height": settings.height,
             "steps": settings.steps,
             "seed": settings.seed + index,
             "guidance_scale": settings.guidance_scale,

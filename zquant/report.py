@@ -20,7 +20,7 @@ from typing import Any
 
 from zquant.errors import FormatError
 from zquant.formats.detect import open_source
-from zquant.formats.model_folder import MANIFEST, find_model
+from zquant.formats.model_folder import MANIFEST, find_model, model_folder
 from zquant.formats.source import TensorInfo, WeightSource
 from zquant.image import read_recipe
 from zquant.units import format_bytes, format_count
@@ -36,11 +36,13 @@ _MAX_TEXT = 100
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The contents of `path` as a JSON document; its `kind` is in the module's docstring.
 
+    The text "demo" is the model inside zquant.
+
     Raises:
         FormatError: the file is damaged or of a kind that zquant does not read.
         CheckpointError: a model folder that lacks a part.
     """
-    path = Path(path)
+    path = model_folder(path if isinstance(path, str) else Path(path))
     if not path.exists():
         raise FormatError(f"{path}: there is no such file or folder.")
     if (path / MANIFEST).is_file() or (path / "transformer").is_dir():
@@ -74,7 +76,9 @@ def _describe_model(folder: Path) -> dict[str, Any]:
     return {
         "kind": "model",
         "path": str(folder),
-        "model": {key: said[key] for key in said if key not in ("name", "files", "tensors")},
+        "model": {
+            key: said[key] for key in said if key not in ("name", "files", "tensors", "hint")
+        },
         "parts": {name: _describe_weights(p, with_contents=False) for name, p in paths.items()},
     }
 

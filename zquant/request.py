@@ -58,8 +58,8 @@ class RunRequest:
     Attributes:
         prompt: what to paint.
         negative_prompt: what to avoid; used only when guidance is on.
-        width: pixels, a multiple of 16.
-        height: pixels, a multiple of 16.
+        width: pixels, a multiple of 16; None is the model's own, 1024 for Z-Image.
+        height: likewise.
         steps: denoising steps, at most 1000.
         seed: of the first picture; None draws one, and the result tells it.
         count: pictures, at most 1000; picture i uses `seed + i`.
@@ -77,8 +77,8 @@ class RunRequest:
 
     prompt: str
     negative_prompt: str = ""
-    width: int = 1024
-    height: int = 1024
+    width: int | None = None
+    height: int | None = None
     steps: int | None = None
     seed: int | None = None
     count: int = 1
@@ -95,8 +95,9 @@ class RunRequest:
         if not self.prompt.strip():
             raise ValueError("the prompt is empty; describe the picture")
         for name, pixels in (("width", self.width), ("height", self.height)):
-            _check_integer(name, pixels)
-            _check_pixels(name, pixels)
+            if pixels is not None:
+                _check_integer(name, pixels)
+                _check_pixels(name, pixels)
         for name, number, most in (
             ("steps", self.steps, MAX_STEPS),
             ("count", self.count, MAX_COUNT),

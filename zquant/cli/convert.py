@@ -16,8 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths",
         nargs="+",
         metavar="[SOURCE] OUT",
-        help="source: official folder, all-in-one file or Hugging Face id (owner/name[@revision]); "
-        "not needed when all three files are given. OUT: folder to write",
+        help="source: official folder, all-in-one file, Hugging Face id (owner/name[@revision]) or "
+        "demo, the small model inside zquant; not needed when all three files are given. OUT: "
+        "folder to write",
     )
     for flag in ("--dit", "--text-encoder", "--vae"):
         parser.add_argument(flag, type=Path, metavar="FILE", help="single file for this part")
@@ -42,8 +43,12 @@ def run(args: argparse.Namespace) -> int:
     from zquant.convert.execute import convert
     from zquant.convert.plan import plan_conversion
     from zquant.convert.summary import plan_rows, result_lines
+    from zquant.formats.model_folder import demo_notice
 
-    plan = plan_conversion(_request(args))
+    request = _request(args)
+    if notice := demo_notice(request.source):
+        print(f"note: {notice}", file=sys.stderr)
+    plan = plan_conversion(request)
     if not args.json:
         print("\n".join(plan_rows(plan)), flush=True)
     if args.dry_run:

@@ -15,15 +15,19 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="what to paint")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", type=Path, metavar="DIR", help="a converted or official folder")
+    model.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a converted or official folder; demo: the small model inside zquant",
+    )
     for flag in ("--dit", "--text-encoder", "--vae"):
         model.add_argument(flag, type=Path, metavar="FILE", help="single file, or in its place")
     model.add_argument("--variant", choices=("turbo", "base"), help="when the files cannot tell")
     picture = parser.add_argument_group("picture (defaults: the model's own)")
     picture.add_argument("--out", type=Path, default=Path("zquant.png"), metavar="FILE")
     picture.add_argument("--size", metavar="NAME", help="a preset, e.g. 1024, 1280x720, 832x1248")
-    picture.add_argument("--width", type=int, help="pixels, a multiple of 16 (1024)")
-    picture.add_argument("--height", type=int, help="pixels, a multiple of 16 (1024)")
+    picture.add_argument("--width", type=int, help="pixels, a multiple of 16")
+    picture.add_argument("--height", type=int, help="pixels, a multiple of 16")
     picture.add_argument("--steps", type=int)
     picture.add_argument("--seed", type=int, help="default: drawn, and shown at the end")
     picture.add_argument("--count", type=int, default=1, help="pictures, with seeds that count up")

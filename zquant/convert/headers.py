@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 from zquant.errors import CheckpointError
 from zquant.formats.gguf_file import gguf_header
-from zquant.formats.model_folder import source_metadata
+from zquant.formats.model_folder import OFFICIAL_FILES, source_metadata
 from zquant.formats.names import Part
 from zquant.formats.origin import Origin
 from zquant.formats.safetensors_file import safetensors_header
 from zquant.formats.source import HeaderPlan, WeightSource
 from zquant.models.build import check_names, on_meta
-from zquant.models.config import DiTConfig, TextEncoderConfig, VAEConfig
+from zquant.models.config import NORM_GROUPS, DiTConfig, TextEncoderConfig, VAEConfig
 from zquant.models.dit import DiT
 from zquant.models.text_encoder import TextEncoder
 from zquant.models.tokenizer import Vocabulary, gguf_metadata
@@ -50,17 +50,17 @@ FILE_TYPES = {  # llama.cpp's general.file_type
 def describe(
     component: str, origin: Origin, source: WeightSource, parts: Mapping[str, Part]
 ) -> Metadata:
-    """What the component's file says of the network; nothing for the VAE.
+    """What the component's file says of the network.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or of the wrong shape.
     """
     shapes = {name: part.shape for name, part in parts.items()}
-    if component == "vae":
-        vae = _about(source.path, lambda: VAEConfig.from_shapes(shapes))
-        check_names(on_meta(lambda: VAE(vae)), parts, str(source.path))
-        return {}
     metadata = source_metadata(source)
+    if component == "vae":
+        vae = _about(source.path, lambda: VAEConfig.from_shapes(shapes, metadata))
+        check_names(on_meta(lambda: VAE(vae)), parts, str(source.path))
+        return {} if vae.norm_groups == NORM_GROUPS else {"norm_num_groups": str(vae.norm_groups)}
     if component == "dit":
         dit = _about(source.path, lambda: DiTConfig.from_shapes(shapes, metadata))
         check_names(on_meta(lambda: DiT(dit)), parts, str(source.path))
@@ -86,7 +86,7 @@ def file_header(component: str, policy: str, metadata: Metadata, tensors: Listed
         tensors: (file name, type, shape) in the order of the data.
     """
     if component == "vae":
-        return safetensors_header(tensors, {"format": "pt"})
+        return safetensors_header(tensors, {"format": "pt", **metadata})
     pairs = {**metadata, "general.file_type": FILE_TYPES[policy]}
     return gguf_header(ARCHITECTURES[component], pairs, tensors)
 
@@ -104,7 +104,8 @@ def _model_name(origin: Origin, source: WeightSource) -> str:
     own = source.metadata.get("general.name")
     if isinstance(own, str) and own:
         return own
-    return source.path.stem if source.path.is_file() else origin.name
+    single = source.path.is_file() and source.path.name not in OFFICIAL_FILES
+    return source.path.stem if single else origin.name
 
 
 def _vocabulary(origin: Origin, source: WeightSource) -> Vocabulary:

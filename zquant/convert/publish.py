@@ -23,6 +23,7 @@ __all__ = ["manifest_of", "publish"]
 def manifest_of(plan: ConversionPlan, files: Sequence[ResumableFile]) -> dict[str, Any]:
     """Content of `model.json`; depends on the sources and options only."""
     written = list(zip(plan.outputs, files, strict=True))
+    said = plan.origin.manifest or {}
     return {
         "format": MANIFEST_FORMAT,
         "zquant": zquant.__version__,
@@ -30,6 +31,8 @@ def manifest_of(plan: ConversionPlan, files: Sequence[ResumableFile]) -> dict[st
         "shift": plan.variant.shift,
         "steps": plan.variant.steps,
         "guidance_scale": plan.variant.guidance_scale,
+        # a small model stays one in another qtype
+        **{key: said[key] for key in ("size", "hint") if key in said},
         "source": plan.origin.label,
         "files": {output.component: _file_entry(output, file) for output, file in written},
         "tensors": {output.component: _tensor_entries(output, file) for output, file in written},

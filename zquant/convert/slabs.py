@@ -1,9 +1,9 @@
 """Quantize tensors slab by slab in a pool of workers, results in order.
 
 A slab is some rows of a stored tensor: decoded, quantized and measured by one worker, which opens
-the file by itself when it is another process. A bounded number of slabs is under way, so memory
-does not depend on the size of the model; rows are quantized alone, so bytes do not depend on the
-slabs.
+the file by itself when it is another process, and computes a piece at a time, which fits the cache.
+A bounded number of slabs is under way, so memory does not depend on the size of the model; rows are
+quantized alone, so bytes do not depend on the slabs.
 """
 
 import math
@@ -27,7 +27,9 @@ from zquant.quant.qtypes import QType
 
 __all__ = ["Packed", "Slab", "in_order", "slabs_of"]
 
-SLAB_WEIGHTS = 2**21
+SLAB_WEIGHTS = 2**21  # long enough that passing results around does not count
+PIECE_WEIGHTS = 2**19  # what is computed at a time, so that it stays in the cache
+DOT_LENGTH = 2048  # BLAS splits dot products of more than 10000 numbers
 _LOCAL = threading.local()
 
 
@@ -96,20 +98,33 @@ def in_order(
 
 
 def _pack(slab: Slab) -> Packed:
-    """Decode, quantize and measure one slab."""
+    """Decode, quantize and measure one slab, piece by piece."""
+    n_columns, (first, last) = slab.part.shape[-1], slab.rows
+    data = np.empty((last - first, slab.qtype.row_bytes(n_columns)), np.uint8)
+    step = max(1, PIECE_WEIGHTS // n_columns)
+    error = power = 0.0
+    for row in range(first, last, step):
+        stop = min(row + step, last)
+        piece_error, piece_power = _pack_piece(slab, row, data[row - first : stop - first])
+        error, power = error + piece_error, power + piece_power
+    return Packed(data.reshape(-1), error, power, os.getpid(), peak_host_bytes())
+
+
+def _pack_piece(slab: Slab, row: int, out: npt.NDArray[np.uint8]) -> tuple[float, float]:
+    """Fill `out` with the rows from `row` on; sums of squares of their errors and of themselves."""
     part, qtype = slab.part, slab.qtype
     row_bytes = part.qtype.row_bytes(part.shape[-1])
-    n_rows = slab.rows[1] - slab.rows[0]
-    stored, first, second = _scratch(n_rows, row_bytes, part.shape[-1])
-    part.read_into(slab.rows[0] * row_bytes, stored.numpy().reshape(-1))
-    weights = dequantize(stored, part.qtype, torch.float32, out=first)
+    stored, weights, decoded = _scratch(len(out), row_bytes, part.shape[-1])
+    part.read_into(row * row_bytes, stored.numpy().reshape(-1))
+    dequantize(stored, part.qtype, torch.float32, out=weights)
     power = _sum_of_squares(weights)
     if not math.isfinite(power):
-        _refuse_non_finite(slab, weights)
+        _refuse_non_finite(slab, row, weights)
     if qtype == part.qtype:
-        return _packed(stored.numpy().copy(), 0.0, power)
-    packed = quantize(weights.numpy(), qtype)
-    decoded = dequantize(torch.from_numpy(packed), qtype, torch.float32, out=second)
+        out[:] = stored.numpy()
+        return 0.0, power
+    out[:] = quantize(weights.numpy(), qtype)
+    dequantize(torch.from_numpy(out), qtype, torch.float32, out=decoded)
     error = _sum_of_squares(decoded.sub_(weights))
     if not math.isfinite(error):
         raise PlanError(
@@ -117,11 +132,7 @@ def _pack(slab: Slab) -> Packed:
             f"{weights.abs().max():.3g}, too large for {qtype}. "
             f"Keep it wide: --tensor-type '{slab.name}=BF16'"
         )
-    return _packed(packed, error, power)
-
-
-def _packed(data: npt.NDArray[np.uint8], error: float, power: float) -> Packed:
-    return Packed(data.reshape(-1), error, power, os.getpid(), peak_host_bytes())
+    return error, power
 
 
 def _scratch(
@@ -140,20 +151,23 @@ def _scratch(
 
 
 def _sum_of_squares(values: torch.Tensor) -> float:
-    """Sum of squares; the same on every run, as no library may split it between threads."""
-    rows = values.numpy()
-    with np.errstate(over="ignore"):
-        total = float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64))
+    """Sum of squares; the same on every run, as no dot product is split between threads."""
+    flat = values.numpy().reshape(-1)
+    whole = flat.size - flat.size % DOT_LENGTH
+    pieces, rest = flat[:whole].reshape(-1, 1, DOT_LENGTH), flat[whole:]
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.matmul(pieces, pieces.transpose(0, 2, 1))
+        total = float(squares.sum(dtype=np.float64)) + float(np.dot(rest, rest))
     if math.isfinite(total):
         return total
     # squares of large float32 numbers overflow; infinities and NaN stay what they are
-    return float(np.einsum("ij,ij->", rows, rows, dtype=np.float64))
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
 
 
-def _refuse_non_finite(slab: Slab, weights: torch.Tensor) -> None:
+def _refuse_non_finite(slab: Slab, first_row: int, weights: torch.Tensor) -> None:
     row, column = torch.nonzero(~torch.isfinite(weights))[0].tolist()
     value = weights[row, column].item()
-    row += slab.rows[0] + (slab.part.rows[0] if slab.part.rows else 0)
+    row += first_row + (slab.part.rows[0] if slab.part.rows else 0)
     raise CheckpointError(
         f"{slab.part.info.reader.name}: tensor {slab.part.info.name!r} holds {value} (row {row}, "
         f"column {column}); expected finite weights. The file is damaged; download it again."

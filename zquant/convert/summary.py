@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from zquant.convert.execute import ConvertResult
 from zquant.convert.plan import ConversionPlan
+from zquant.formats.model_folder import typed
 from zquant.units import format_bytes, format_count, format_seconds
 
 __all__ = ["plan_rows", "result_lines"]
@@ -49,4 +50,4 @@ def result_lines(result: ConvertResult) -> Iterator[str]:
         f"done in {format_seconds(result.seconds)}: {rate:.0f} MB/s read"
         + (f", peak RAM {format_bytes(memory)}" if memory else "")
     )
-    yield f"next: zquant run PROMPT --model {result.folder}"
+    yield f"next: zquant run PROMPT --model {typed(result.folder)}"

@@ -1,12 +1,16 @@
 """A model as three files and what the sampler must know about it.
 
-A converted folder says so in its `model.json`; an official folder in `scheduler_config.json`; loose
-files say nothing, so the variant is asked for or assumed to be Turbo.
+The word `demo` names the small model inside zquant. A converted folder says what it is in its
+`model.json`, an official folder in `scheduler_config.json`; loose files say nothing, so the variant
+is asked for or assumed to be Turbo.
 """
 
 import json
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +19,25 @@ from zquant.formats.names import COMPONENTS
 from zquant.formats.source import WeightSource
 
 __all__ = [
+    "DEMO",
     "MANIFEST",
     "MANIFEST_FORMAT",
+    "OFFICIAL_FILES",
     "VARIANTS",
+    "Hint",
     "ModelFiles",
     "Variant",
+    "demo_notice",
     "find_model",
+    "model_folder",
     "official_variant",
     "read_json",
     "source_metadata",
+    "typed",
     "variant_of_shift",
 ]
 
+DEMO = "demo"
 MANIFEST = "model.json"
 MANIFEST_FORMAT = "zquant-model-1"
 OFFICIAL_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # unsharded
@@ -56,13 +67,33 @@ VARIANTS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hint:
+    """What a model of few words says to a prompt that has others."""
+
+    words: Sequence[str]
+    text: str
+
+    def about(self, prompt: str) -> str | None:
+        """The text if `prompt` has more than known words, spaces and punctuation, else None."""
+        left = prompt.lower()
+        for word in sorted(self.words, key=len, reverse=True):
+            left = re.sub(rf"\b{word}\b" if word.isascii() else word, " ", left)
+        return self.text if any(unicodedata.category(c)[0] not in "CPZ" for c in left) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
-    """The three files (or official component folders) of a model."""
+    """The three files (or official component folders) of a model.
+
+    `size` is the width and height of a picture whose request names none.
+    """
 
     dit: Path
     text_encoder: Path
     vae: Path
     variant: Variant
+    size: tuple[int, int] = (1024, 1024)
+    hint: Hint | None = None
     tokenizer: Path | None = None
     manifest: Mapping[str, Any] | None = None
 
@@ -73,6 +104,35 @@ def variant_of_shift(shift: float) -> Variant:
         if variant.shift == shift:
             return variant
     return Variant(name="turbo", shift=shift, steps=8, guidance_scale=0.0)
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder that `model` means: the text "demo" is zquant's own, anything else a path.
+
+    Raises:
+        CheckpointError: this installation lacks the demo model.
+    """
+    if model != DEMO:  # Path("demo") is a folder of the user's, as "./demo" is
+        return Path(model)
+    folder = Path(str(package_files("zquant"))) / DEMO
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"the demo model is missing from this installation ({folder}). Install zquant again; "
+            f"for a folder named demo write ./demo."
+        )
+    return folder
+
+
+def demo_notice(model: str | Path | None) -> str | None:
+    """What to say if `model` is zquant's own and a folder of its name is here too."""
+    if model == DEMO and Path(DEMO).is_dir():
+        return "demo is the model inside zquant; for the folder here write ./demo"
+    return None
+
+
+def typed(folder: Path) -> str:
+    """How to write `folder` where a model is asked for."""
+    return f"./{folder}" if str(folder) == DEMO else str(folder)
 
 
 def find_model(folder: Path) -> ModelFiles:
@@ -149,6 +209,8 @@ def _converted(folder: Path) -> ModelFiles:
         text_encoder=text_encoder,
         vae=vae,
         variant=_variant(where, manifest),
+        size=_size(where, manifest),
+        hint=_hint(where, manifest),
         manifest=manifest,
     )
 
@@ -185,6 +247,31 @@ def _variant(where: Path, manifest: Mapping[str, Any]) -> Variant:
     return variant
 
 
+def _size(where: Path, manifest: Mapping[str, Any]) -> tuple[int, int]:
+    size = manifest.get("size", [1024, 1024])
+    if not isinstance(size, list) or [type(edge) for edge in size] != [int, int]:
+        raise FormatError(
+            f"{where}: size is {size!r:.80}; expected [width, height]. Convert the model again."
+        )
+    width, height = size
+    return width, height
+
+
+def _hint(where: Path, manifest: Mapping[str, Any]) -> Hint | None:
+    hint = manifest.get("hint")
+    if hint is None:
+        return None
+    said = hint if isinstance(hint, dict) else {}
+    words, text = said.get("words"), said.get("text")
+    if isinstance(words, list) and isinstance(text, str):
+        known = all(isinstance(word, str) and word.isalnum() for word in words)
+        if known and text.isprintable():
+            return Hint(words=words, text=text)
+    raise FormatError(
+        f"{where}: hint is {hint!r:.80}; expected its words and text. Convert the model again."
+    )
+
+
 def source_metadata(source: WeightSource) -> Mapping[str, Any]:
     """A GGUF's own key-value pairs, or an official folder's config.json under the same keys.
 
@@ -200,6 +287,7 @@ def source_metadata(source: WeightSource) -> Mapping[str, Any]:
     family = "lumina2" if "axes_dims" in config else "qwen3"
     keys = {
         "axes_dims": "lumina2.rope.dimension_sections",
+        "norm_num_groups": "norm_num_groups",
         "rms_norm_eps": "qwen3.attention.layer_norm_rms_epsilon",
         "rope_theta": f"{family}.rope.freq_base",
     }

@@ -1,19 +1,21 @@
 """Where a model to convert comes from: a folder, single files, or a Hugging Face repository.
 
 official folder      transformer/ text_encoder/ vae/ scheduler/ tokenizer/
-converted folder     model.json and what it names
+converted folder     model.json and what it names; `demo` is zquant's own
 single files         one per component, or one file with all of them
 Hugging Face id      owner/name or owner/name@revision, downloaded into the Hugging Face cache
 """
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from zquant.errors import CheckpointError, ZQuantError
 from zquant.formats.detect import open_source
-from zquant.formats.model_folder import ModelFiles, Variant, find_model
+from zquant.formats.model_folder import ModelFiles, Variant, find_model, model_folder
 from zquant.formats.names import COMPONENTS, components_in, dit_parts
 
 __all__ = ["Origin", "find_origin"]
@@ -25,12 +27,16 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """A file or folder per component; `variant` is None where the files do not say."""
+    """A file or folder per component.
+
+    `variant` is None where the files do not say; `manifest` is the content of a `model.json`.
+    """
 
     label: str
     paths: dict[str, Path]
     variant: Variant | None
     tokenizer: Path | None
+    manifest: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -60,11 +66,11 @@ def find_origin(source: str | None, given: dict[str, Path]) -> Origin:
             f"{source or 'the given files'}: no source for {', '.join(missing)}. Give {flags}."
         )
     label = source or ", ".join(paths[c].name for c in COMPONENTS)
-    return Origin(label=label, paths=paths, variant=found.variant, tokenizer=found.tokenizer)
+    return replace(found, label=label, paths=paths)
 
 
 def _located(source: str) -> Origin:
-    path = Path(source)
+    path = model_folder(source)
     if path.is_dir():
         return _from_folder(source, find_model(path))
     if path.is_file():
@@ -92,7 +98,13 @@ def _from_file(label: str, path: Path) -> Origin:
 
 def _from_folder(label: str, files: ModelFiles) -> Origin:
     paths = {"dit": files.dit, "text_encoder": files.text_encoder, "vae": files.vae}
-    return Origin(label=label, paths=paths, variant=files.variant, tokenizer=files.tokenizer)
+    return Origin(
+        label=label,
+        paths=paths,
+        variant=files.variant,
+        tokenizer=files.tokenizer,
+        manifest=files.manifest,
+    )
 
 
 def _downloaded(repository: str, revision: str | None) -> Path:

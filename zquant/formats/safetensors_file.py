@@ -1,4 +1,4 @@
-"""Read safetensors, one file or a sharded folder, strictly; write one file.
+"""Read safetensors, one file or a sharded folder, strictly; lay out a file to write.
 
     u64 header length | JSON header, padded with spaces | tensor data without holes
     {"__metadata__": {key: text}, name: {"dtype", "shape", "data_offsets": [begin, end]}}
@@ -12,13 +12,12 @@ Source: the safetensors format description; `model.safetensors.index.json` of tr
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from zquant.errors import FormatError
-from zquant.formats.part_file import part_file
 from zquant.formats.source import (
     ByteReader,
     HeaderPlan,
@@ -30,7 +29,7 @@ from zquant.formats.source import (
 from zquant.quant.qtypes import QTYPES, QType
 from zquant.units import format_bytes
 
-__all__ = ["open_safetensors", "open_sharded", "safetensors_header", "write_safetensors"]
+__all__ = ["open_safetensors", "open_sharded", "safetensors_header"]
 
 HEADER_LIMIT = 100_000_000  # bytes, fixed by the format
 MAX_DIMS = 8
@@ -107,32 +106,6 @@ def safetensors_header(
     text += b" " * (-len(text) % 8)
     packed = struct.pack("<Q", len(text)) + text
     return HeaderPlan(packed, [len(packed) + begin for begin in begins], len(packed) + end)
-
-
-def write_safetensors(
-    path: str | Path,
-    tensors: Sequence[tuple[str, QType, tuple[int, ...]]],
-    chunks: Iterable[Any],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write a safetensors file as a stream: complete at `path`, or not there at all.
-
-    Args:
-        path: the file to create or replace.
-        tensors: see `safetensors_header`; likewise `metadata`.
-        chunks: bytes-like pieces of the data, in that order, cut anywhere.
-        metadata: see `tensors`.
-
-    Raises:
-        ValueError: see `safetensors_header`; or chunks of another size in all.
-    """
-    plan = safetensors_header(tensors, metadata)
-    end = plan.total_size - len(plan.header)
-    with part_file(Path(path)) as file:
-        file.write(plan.header)
-        written = sum(file.write(chunk) for chunk in chunks)
-        if written != end:
-            raise ValueError(f"{path}: {written} bytes of tensors given, {end} declared")
 
 
 def _open_reader(reader: ByteReader, path: Path) -> WeightSource:

@@ -19,9 +19,10 @@ from zquant.formats.model_folder import (
     ModelFiles,
     Variant,
     find_model,
+    model_folder,
     source_metadata,
 )
-from zquant.formats.names import Part, dit_parts, text_encoder_parts, vae_parts
+from zquant.formats.names import dit_parts, text_encoder_parts, vae_parts
 from zquant.models.build import check_names, load, on_meta
 from zquant.models.config import DiTConfig, TextEncoderConfig, VAEConfig
 from zquant.models.dit import DiT
@@ -61,7 +62,7 @@ class Checkpoint:
                 shapes["text_encoder"], metadata["text_encoder"]
             )
         with _about(files.vae):
-            self.vae_config = VAEConfig.from_shapes(shapes["vae"])
+            self.vae_config = VAEConfig.from_shapes(shapes["vae"], metadata["vae"])
         self._check_parts_belong_together()
         for component in self.paths:
             self._check_names(component)
@@ -145,10 +146,6 @@ class Checkpoint:
         for source in self.sources.values():
             source.close()
 
-    def part(self, component: str, name: str) -> Part:
-        """A stored tensor by its official name."""
-        return self.parts[component][name]
-
 
 @contextmanager
 def _about(path: Path) -> Iterator[None]:
@@ -165,7 +162,7 @@ def model_files(
     """The folder's files with the given ones in their place.
 
     Args:
-        model: a model folder, or None when all three files are given.
+        model: a model folder, "demo", or None when all three files are given.
         given: files by component.
         variant: "turbo" or "base"; None believes the folder, and assumes turbo without one.
 
@@ -186,7 +183,7 @@ def model_files(
             vae=given["vae"],
             variant=VARIANTS[variant or "turbo"],
         )
-    files = find_model(Path(model))
+    files = find_model(model_folder(model))
     chosen: Variant = VARIANTS[variant] if variant else files.variant
     paths = {"dit": files.dit, "text_encoder": files.text_encoder, "vae": files.vae, **given}
     manifest = files.manifest
@@ -198,7 +195,9 @@ def model_files(
         text_encoder=paths["text_encoder"],
         vae=paths["vae"],
         variant=chosen,
+        size=files.size,
         tokenizer=files.tokenizer,
+        hint=files.hint,
         manifest=manifest,
     )
 
@@ -209,6 +208,8 @@ def _check_defaults(files: ModelFiles) -> None:
     try:
         RunRequest(
             prompt="any",
+            width=files.size[0],
+            height=files.size[1],
             steps=variant.steps,
             shift=variant.shift,
             guidance_scale=variant.guidance_scale,

@@ -14,12 +14,13 @@ from typing import Any
 
 from zquant.errors import CheckpointError
 
-__all__ = ["DiTConfig", "TextEncoderConfig", "VAEConfig"]
+__all__ = ["NORM_GROUPS", "DiTConfig", "TextEncoderConfig", "VAEConfig"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 AXES_DIMS = {128: (32, 48, 48)}  # head_dim -> rotary dims of the axes t, y, x
-NORM_GROUPS = 32
+NORM_GROUPS = 32  # of the autoencoder, unless its metadata says otherwise
+MAX_NORM_GROUPS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +142,11 @@ class VAEConfig:
         return int(2 ** (len(self.block_out_channels) - 1))
 
     @classmethod
-    def from_shapes(cls, shapes: Shapes) -> "VAEConfig":
+    def from_shapes(cls, shapes: Shapes, metadata: Mapping[str, Any]) -> "VAEConfig":
         """Read the sizes off diffusers tensor names and torch shapes.
+
+        The groups of the norms leave no trace in the shapes: `norm_num_groups` of `metadata` (a
+        number, or its text as safetensors has it) tells them.
 
         Raises:
             CheckpointError: the sizes are not those of such a network.
@@ -150,14 +154,15 @@ class VAEConfig:
         levels = _count(shapes, "decoder.up_blocks.")
         ups = [f"decoder.up_blocks.{i}.resnets.0.conv1.weight" for i in range(levels)]
         channels = tuple(_dims(shapes, name, 4)[0] for name in reversed(ups))
+        groups = _norm_groups(metadata.get("norm_num_groups", NORM_GROUPS))
         for n in channels:
-            _check_divides("norm groups", NORM_GROUPS, "the channels", n)
+            _check_divides("norm groups", groups, "the channels", n)
         return cls(
             in_channels=_dims(shapes, "decoder.conv_out.weight", 4)[0],
             latent_channels=_dims(shapes, "decoder.conv_in.weight", 4)[1],
             block_out_channels=channels,
             layers_per_block=_count(shapes, "decoder.up_blocks.0.resnets.") - 1,
-            norm_groups=NORM_GROUPS,
+            norm_groups=groups,
             use_quant_conv="post_quant_conv.weight" in shapes,
             scaling_factor=0.3611,
             shift_factor=0.1159,
@@ -212,6 +217,18 @@ def _axes(given: Any, head_dim: int) -> tuple[int, ...]:
             f"heads of 128 split 32 + 48 + 48. This is not a Z-Image transformer."
         )
     return tuple(int(a) for a in axes)
+
+
+def _norm_groups(given: Any) -> int:
+    """A number of norm groups from a config or from text."""
+    text = str(given) if isinstance(given, (int, str)) and not isinstance(given, bool) else ""
+    digits = text.isascii() and text.isdigit() and len(text) <= len(str(MAX_NORM_GROUPS))
+    if not (digits and 1 <= int(text) <= MAX_NORM_GROUPS):
+        raise CheckpointError(
+            f"metadata 'norm_num_groups' is {given!r:.80}; expected a whole number from 1 to "
+            f"{MAX_NORM_GROUPS}. Download or convert the file again."
+        )
+    return int(text)
 
 
 def _positive(metadata: Mapping[str, Any], key: str, default: float) -> float:

@@ -28,7 +28,7 @@ from zquant.layers.rope import axis_angles, rotate_pairs
 from zquant.layers.swiglu import input_scale, swiglu
 from zquant.models.config import DiTConfig
 
-__all__ = ["DiT", "Modulation", "Prompt"]
+__all__ = ["DiT", "Modulation", "Prompt", "Rope", "patchify", "unpatchify"]
 
 SEQUENCE_MULTIPLE = 32
 FINAL_NORM_EPS = 1e-6
@@ -228,15 +228,26 @@ class DiT(nn.Module):
         for layer in self.cap_embedder:
             x = layer(x)
         x = _pad(x[None], self.cap_pad_token)
-        positions = _positions(x.shape[1], height // 2, width // 2)
-        ropes = axis_angles(positions, self.config.axes_dims, self.config.rope_theta).to(x.device)
-        n_image = len(positions) - x.shape[1]
-        rope, image_rope, caption_rope = (
-            (a.cos(), a.sin()) for a in (ropes, ropes[:n_image], ropes[n_image:])
-        )
+        rope, image_rope, caption_rope = self.ropes(x.shape[1], height, width, x.device)
         for block in self.context_refiner:
             x = block(x, caption_rope, None, self.compute_dtype)
         return Prompt(tokens=x, image_rope=image_rope, rope=rope)
+
+    def ropes(
+        self, n_caption: int, height: int, width: int, device: torch.device
+    ) -> tuple[Rope, Rope, Rope]:
+        """Rotation of all tokens, of the image tokens and of `n_caption` caption tokens.
+
+        Args:
+            n_caption: a multiple of 32.
+            height: of the latents, even.
+            width: of the latents, even.
+            device: of the tables.
+        """
+        positions = _positions(n_caption, height // 2, width // 2)
+        table = axis_angles(positions, self.config.axes_dims, self.config.rope_theta).to(device)
+        cos, sin, n_image = table.cos(), table.sin(), len(positions) - n_caption
+        return (cos, sin), (cos[:n_image], sin[:n_image]), (cos[n_image:], sin[n_image:])
 
     def velocity(
         self,
@@ -258,13 +269,13 @@ class DiT(nn.Module):
         """
         _, _, height, width = latents.shape
         n_image = height * width // 4
-        x = _pad(next(iter(self.all_x_embedder.values()))(_patchify(latents)), self.x_pad_token)
+        x = _pad(next(iter(self.all_x_embedder.values()))(patchify(latents)), self.x_pad_token)
         n_padded = x.shape[1]
         x = self._run("noise_refiner", x, prompt.image_rope, modulation, observe)
         x = torch.cat((x, prompt.tokens.expand(len(x), -1, -1)), dim=1)
         x = self._run("layers", x, prompt.rope, modulation, observe)[:, :n_padded]
         x = self._final_layer(x[:, :n_image], modulation.final)
-        return -_unpatchify(x, height, width)
+        return -unpatchify(x, height, width)
 
     def forward(self, latents: Tensor, tau: float, prompt_embeds: Tensor) -> Tensor:
         """The raw network output, once: float32 `[B, C, H, W]`; see `velocity` for the loop."""
@@ -318,15 +329,15 @@ def _positions(n_caption: int, rows: int, columns: int) -> Tensor:
     return positions
 
 
-def _patchify(latents: Tensor) -> Tensor:
+def patchify(latents: Tensor) -> Tensor:
     """`[B, C, H, W]` to `[B, H / 2 * W / 2, 4 C]`, features in the order (ph, pw, c)."""
     b, c, height, width = latents.shape
     x = latents.view(b, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 3, 5, 1)
     return x.reshape(b, height * width // 4, 4 * c)
 
 
-def _unpatchify(x: Tensor, height: int, width: int) -> Tensor:
-    """Inverse of `_patchify`."""
+def unpatchify(x: Tensor, height: int, width: int) -> Tensor:
+    """Inverse of `patchify`."""
     b, _, features = x.shape
     x = x.view(b, height // 2, width // 2, 2, 2, features // 4).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(b, features // 4, height, width)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["FLOAT_DTYPES", "bf16_to_f32", "dequantize", "quantize"]
+__all__ = ["FLOAT_DTYPES", "dequantize", "quantize"]
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -25,19 +25,3 @@ def quantize(weights: npt.NDArray[np.float32], storage_dtype: torch.dtype) -> np
 def dequantize(packed: torch.Tensor, storage_dtype: torch.dtype, out: torch.Tensor) -> None:
     """Convert uint8 `[N, K * size]` into `out [N, K]` of any float dtype on the same device."""
     out.copy_(packed.view(storage_dtype))
-
-
-def bf16_to_f32(
-    bits: npt.NDArray[np.uint16], out: npt.NDArray[np.float32] | None = None
-) -> npt.NDArray[np.float32]:
-    """Widen bfloat16, given as its bits, to float32.
-
-    Args:
-        bits: uint16, any shape.
-        out: float32, contiguous, of the same shape; written and returned when given.
-    """
-    if out is None:
-        out = np.empty(bits.shape, np.float32)
-    wide = torch.from_numpy(out.view(np.int32))
-    wide.copy_(torch.from_numpy(bits.view(np.int16))).bitwise_left_shift_(16)
-    return out

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from zquant.quant.search import MIN_GROUPS, OffsetGrid, column_sums, search_offset
+from zquant.quant.columns import MIN_COLUMNS, column_sums, to_columns
+from zquant.quant.search import OffsetGrid, search_offset
 
 __all__ = ["SUBBLOCK", "OffsetQBlocks", "fit_offset_qblocks", "header", "read_scales"]
 
@@ -27,70 +28,67 @@ TOP = 63  # largest 6-bit scale
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OffsetQBlocks:
-    """Fields of n qblocks before packing."""
+    """Fields of n qblocks before packing, qblocks last."""
 
     d: torch.Tensor  # float16 [n]
     dmin: torch.Tensor  # float16 [n]
-    scales: torch.Tensor  # uint8 [n, 8]
-    mins: torch.Tensor  # uint8 [n, 8]
-    q: torch.Tensor  # uint8 [n, 8, 32]
+    scales: torch.Tensor  # uint8 [8, n]
+    mins: torch.Tensor  # uint8 [8, n]
+    q: torch.Tensor  # uint8 [8, 32, n]
 
 
 def fit_offset_qblocks(weights: npt.NDArray[np.float32], grid: OffsetGrid) -> OffsetQBlocks:
-    """Quantize float32 `[..., 256*n]`: search per sub-block, then 6-bit scales, then the levels."""
-    groups = torch.from_numpy(weights).reshape(-1, SUBBLOCK)
-    columns = groups.t().contiguous()
-    scale, minimum, _ = search_offset(columns, _error_weights(columns), grid)
+    """Quantize float32 `[N, K]`: search per sub-block, then 6-bit scales, then the levels."""
+    x = to_columns(weights, SUBBLOCK)
+    scale, minimum, _ = search_offset(x, _error_weights(x), grid)
     d, scales = _six_bit(scale)
     dmin, mins = _six_bit(minimum)
-    delta = (d.float()[:, None] * scales.float()).reshape(-1, 1)
-    theta = (dmin.float()[:, None] * mins.float()).reshape(-1, 1)
-    lost = (delta == 0).flatten()
-    delta.masked_fill_(lost[:, None], 1)
-    q = (groups + theta).div_(delta).round_().clamp_(0, grid.top).to(torch.uint8)
-    if lost.any():
-        q[lost] = _search_levels(columns[:, lost], grid)
-    return OffsetQBlocks(d=d, dmin=dmin, scales=scales, mins=mins, q=q.view(-1, 8, SUBBLOCK))
+    delta, theta = d.float() * scales, dmin.float() * mins
+    lost = delta == 0
+    kept = _search_levels(x.transpose(0, 1)[:, lost], grid) if lost.any() else None
+    delta.masked_fill_(lost, 1)
+    x.add_(theta[:, None]).div_(delta[:, None]).round_().clamp_(0, grid.top)
+    q = x.to(torch.int8).view(torch.uint8)  # torch converts to int8 six times as fast
+    if kept is not None:
+        q.transpose(0, 1)[:, lost] = kept
+    return OffsetQBlocks(d=d, dmin=dmin, scales=scales, mins=mins, q=q)
 
 
-def _error_weights(columns: torch.Tensor) -> torch.Tensor:
+def _error_weights(x: torch.Tensor) -> torch.Tensor:
     """Root mean square of the group plus the magnitude of the weight."""
-    weights = columns * columns
+    weights = x * x
     rms = np.sqrt(column_sums(weights) / np.float32(SUBBLOCK))
-    return torch.abs(columns, out=weights).add_(torch.from_numpy(rms))
+    return torch.abs(x, out=weights).add_(torch.from_numpy(rms).unsqueeze(-2))
 
 
 def _six_bit(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eight values per qblock as a float16 unit `[n]` and 6-bit multiples `[n, 8]`."""
-    values = values.view(-1, 8)
-    largest = values.amax(dim=1).clamp_(min=0) + 0.0  # the sum turns -0 into +0
+    """Eight values per qblock `[8, n]` as a float16 unit `[n]` and 6-bit multiples."""
+    largest = values.amax(dim=0).clamp_(min=0) + 0.0  # the sum turns -0 into +0
     top = torch.tensor(float(TOP))
     inverse = torch.div(top, largest).masked_fill_(largest == 0, 0)
-    multiples = (inverse[:, None] * values).round_().to(torch.int32)
+    multiples = (inverse * values).round_().to(torch.int32)
     # ggml keeps them in a byte before limiting: a negative multiple becomes the largest
     return largest.div(top).half(), multiples.bitwise_and_(255).clamp_(max=TOP).to(torch.uint8)
 
 
 def _search_levels(columns: torch.Tensor, grid: OffsetGrid) -> torch.Tensor:
-    """Levels of groups whose stored scale is 0: ggml keeps those of the search, uint8 `[n, 32]`."""
+    """Levels of groups whose stored scale is 0: ggml keeps those of the search, uint8 `[32, n]`."""
     count = columns.shape[1]
-    if count < MIN_GROUPS:
-        columns = columns.repeat(1, MIN_GROUPS)
+    if count < MIN_COLUMNS:
+        columns = columns.repeat(1, MIN_COLUMNS)
     columns = columns.contiguous()
     _, _, levels = search_offset(columns, _error_weights(columns), grid, keep_levels=True)
     assert levels is not None
-    return levels[:, :count].t().to(torch.uint8)
+    return levels[:, :count].to(torch.uint8)
 
 
 def header(fields: OffsetQBlocks) -> torch.Tensor:
-    """The first 16 bytes of each qblock: d, dmin and the packed 6-bit numbers, uint8 `[n, 16]`."""
+    """The first 16 bytes of each qblock: d, dmin and the packed 6-bit numbers, uint8 `[16, n]`."""
     sc, mn = fields.scales, fields.mins
-    low = torch.cat([sc[:, :4], mn[:, :4]], dim=1) | torch.cat(
-        [(sc[:, 4:] >> 4) << 6, (mn[:, 4:] >> 4) << 6], dim=1
-    )
-    high = (sc[:, 4:] & 15) | ((mn[:, 4:] & 15) << 4)
-    units = torch.stack([fields.d, fields.dmin], dim=1).view(torch.uint8)
-    return torch.cat([units, low, high], dim=1)
+    units = torch.stack([fields.d, fields.dmin])[:, :, None].view(torch.uint8)  # [2, n, 2]
+    low = torch.cat([sc[:4], mn[:4]]) | torch.cat([(sc[4:] >> 4) << 6, (mn[4:] >> 4) << 6])
+    high = (sc[4:] & 15) | ((mn[4:] & 15) << 4)
+    return torch.cat([units.transpose(1, 2).reshape(4, -1), low, high])
 
 
 def read_scales(qblocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from zquant.quant.columns import from_columns
 from zquant.quant.kscales import fit_offset_qblocks, header, read_scales
 from zquant.quant.search import OffsetGrid
 
@@ -23,10 +24,8 @@ GRID = OffsetGrid(top=15, first=-1, step=0.1, last_k=20)
 def quantize(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Quantize float32 `[N, K]`, contiguous, K a multiple of 256, to uint8 `[N, 144*K/256]`."""
     fields = fit_offset_qblocks(weights, GRID)
-    q = fields.q.view(-1, 4, 2, 32)
-    nibbles = (q[:, :, 1] << 4).bitwise_or_(q[:, :, 0]).view(-1, 128)
-    packed: npt.NDArray[np.uint8] = torch.cat([header(fields), nibbles], dim=1).numpy()
-    return packed.reshape(len(weights), -1)
+    nibbles = (fields.q[1::2] << 4).bitwise_or_(fields.q[0::2])  # [4, 32, n]
+    return from_columns([header(fields), nibbles], weights)
 
 
 def dequantize(qblocks: torch.Tensor, out: torch.Tensor) -> None:

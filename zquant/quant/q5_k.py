@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from zquant.quant.columns import from_columns
 from zquant.quant.kscales import fit_offset_qblocks, header, read_scales
 from zquant.quant.search import OffsetGrid
 
@@ -23,14 +24,12 @@ GRID = OffsetGrid(top=31, first=-0.5, step=0.1, last_k=15)
 def quantize(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Quantize float32 `[N, K]`, contiguous, K a multiple of 256, to uint8 `[N, 176*K/256]`."""
     fields = fit_offset_qblocks(weights, GRID)
-    q = fields.q.view(-1, 4, 2, 32)
-    nibbles = (q[:, :, 1] << 4).bitwise_or_(q[:, :, 0] & 15).view(-1, 128)
-    fifth = fields.q >> 4  # [n, 8, 32]
-    high = fifth[:, 0].clone()
+    nibbles = (fields.q[1::2] << 4).bitwise_or_(fields.q[0::2] & 15)  # [4, 32, n]
+    fifth = fields.q >> 4  # [8, 32, n]
+    high = fifth[0].clone()
     for s in range(1, 8):
-        high |= fifth[:, s] << s
-    packed: npt.NDArray[np.uint8] = torch.cat([header(fields), high, nibbles], dim=1).numpy()
-    return packed.reshape(len(weights), -1)
+        high |= fifth[s] << s
+    return from_columns([header(fields), high, nibbles], weights)
 
 
 def dequantize(qblocks: torch.Tensor, out: torch.Tensor) -> None:

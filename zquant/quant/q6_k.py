@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from zquant.quant.search import MIN_GROUPS, TINY, search_signed
+from zquant.quant.columns import MIN_COLUMNS, from_columns, to_columns
+from zquant.quant.search import TINY, search_signed, signed_max
 
 __all__ = ["dequantize", "quantize"]
 
@@ -24,55 +25,51 @@ HIGH_SHIFTS = (4, 2, 0, -2)  # left shifts that bring bits 2k, 2k+1 to bits 4, 5
 
 def quantize(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Quantize float32 `[N, K]`, contiguous, K a multiple of 256, to uint8 `[N, 210*K/256]`."""
-    groups = torch.from_numpy(weights).reshape(-1, SUBBLOCK)
-    columns = groups.t().contiguous()
-    scale, _ = search_signed(columns, columns * columns, HALF)
-    d, scales, empty = _eight_bit(scale.view(-1, 16))
-    delta = (d.float()[:, None] * scales.float()).view(-1, 1)
-    lost = (delta == 0).flatten()
-    q = (groups / delta.masked_fill(lost[:, None], 1)).round_().clamp_(-HALF, HALF - 1)
-    q = q.add_(HALF).to(torch.uint8)
-    if lost.any():
-        q[lost] = _search_levels(columns[:, lost])
-    packed = torch.cat([_pack(q.view(-1, 2, 4, 32)), scales.view(torch.uint8), _bytes(d)], dim=1)
-    packed[empty] = 0
-    result: npt.NDArray[np.uint8] = packed.numpy()
-    return result.reshape(len(weights), -1)
+    x = to_columns(weights, SUBBLOCK)
+    scale, _ = search_signed(x, x * x, HALF)
+    d, scales, empty = _eight_bit(scale)
+    delta = d.float() * scales
+    lost = delta == 0
+    kept = _search_levels(x.transpose(0, 1)[:, lost]) if lost.any() else None
+    delta.masked_fill_(lost, 1)
+    x.div_(delta[:, None]).round_().clamp_(-HALF, HALF - 1)
+    q = x.add_(HALF).to(torch.int8).view(torch.uint8)
+    if kept is not None:
+        q.transpose(0, 1)[:, lost] = kept
+    fields = [*_pack(q), scales.view(torch.uint8), d[:, None].view(torch.uint8).t()]
+    if empty.any():
+        for field in fields:
+            field.masked_fill_(empty, 0)
+    return from_columns(fields, weights)
 
 
 def _eight_bit(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sixteen scales per qblock as a float16 unit, int8 multiples, and which qblocks are empty."""
-    at = scale.abs().argmax(dim=1, keepdim=True)
-    largest = scale.gather(1, at)
+    """Scales `[16, n]` as a float16 unit `[n]`, int8 multiples, and which qblocks are empty."""
+    largest = torch.from_numpy(signed_max(scale))
     empty = largest.abs() < TINY
     t = torch.div(torch.tensor(-128.0), largest.masked_fill_(empty, 1))
     multiples = (t * scale).round_().clamp_(max=127).to(torch.int8)
-    d = torch.div(torch.tensor(1.0), t).half()
-    return d.flatten(), multiples, empty.flatten()
+    return torch.div(torch.tensor(1.0), t).half(), multiples, empty
 
 
 def _search_levels(columns: torch.Tensor) -> torch.Tensor:
-    """Levels of groups whose stored scale is 0: ggml keeps those of the search, uint8 `[n, 16]`."""
+    """Levels of groups whose stored scale is 0: ggml keeps those of the search, uint8 `[16, n]`."""
     count = columns.shape[1]
-    if count < MIN_GROUPS:
-        columns = columns.repeat(1, MIN_GROUPS)
+    if count < MIN_COLUMNS:
+        columns = columns.repeat(1, MIN_COLUMNS)
     columns = columns.contiguous()
     _, levels = search_signed(columns, columns * columns, HALF, keep_levels=True)
     assert levels is not None
-    return levels[:, :count].t().to(torch.uint8)
+    return levels[:, :count].to(torch.uint8)
 
 
-def _pack(q: torch.Tensor) -> torch.Tensor:
-    """Levels 0..63, uint8 `[n, 2, 4, 32]`, as ql and qh, uint8 `[n, 192]`."""
-    low = (q[:, :, :2] & 15) | (q[:, :, 2:] << 4)  # [n, 2, 2, 32]
-    high = q >> 4
-    qh = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)
-    return torch.cat([low.view(-1, 128), qh.view(-1, 64)], dim=1)
-
-
-def _bytes(d: torch.Tensor) -> torch.Tensor:
-    """Float16 `[n]` as uint8 `[n, 2]`."""
-    return d[:, None].view(torch.uint8)
+def _pack(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels 0..63, uint8 `[16, 16, n]`, as ql `[128, n]` and qh `[64, n]`, uint8."""
+    halves = q.view(2, 2, 64, -1)
+    low = (halves[:, 0] & 15).bitwise_or_(halves[:, 1] << 4)
+    high = (q >> 4).view(2, 4, 32, -1)
+    qh = high[:, 0] | (high[:, 1] << 2) | (high[:, 2] << 4) | (high[:, 3] << 6)
+    return low.view(128, -1), qh.view(64, -1)
 
 
 def dequantize(qblocks: torch.Tensor, out: torch.Tensor) -> None:

@@ -22,9 +22,9 @@ BELOW_HALF = float(np.nextafter(np.float32(0.5), np.float32(0)))
 def quantize(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Quantize float32 `[N, K]`, contiguous, K a multiple of 32, to uint8 `[N, 34*K/32]`."""
     qblocks = torch.from_numpy(weights).reshape(-1, 32)
-    largest = qblocks.abs().amax(dim=1, keepdim=True)
-    d = torch.div(largest, torch.tensor(127.0))
-    q = qblocks * inverse(d)
+    scratch = qblocks.abs()
+    d = torch.div(scratch.amax(dim=1, keepdim=True), torch.tensor(127.0))
+    q = torch.mul(qblocks, inverse(d), out=scratch)
     q.add_(torch.copysign(torch.tensor(BELOW_HALF), q))
     packed = torch.empty(len(qblocks), 34, dtype=torch.uint8)
     packed.view(torch.float16)[:, :1].copy_(d)

@@ -1,10 +1,16 @@
 """Every form of the same weights gives the same tensors; GGUF only when asked for."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from zquant.errors import CheckpointError
+from zquant.formats.detect import open_source
+from zquant.formats.names import vae_parts
+from zquant.models.config import VAEConfig
 
 FILES = ("dit-Q4_K_M.gguf", "text_encoder-Q4_K_M.gguf")
 
@@ -121,3 +127,33 @@ def test_a_tokenizer_that_does_not_fit_is_refused(official, comfy, run, tmp_path
     message = r"few\.safetensors: the embedding has 100 rows, the vocabulary 326 tokens"
     with pytest.raises(CheckpointError, match=message):
         run(dit=official / "transformer", text_encoder=few, vae=comfy["vae"], out=tmp_path / "out")
+
+
+def test_the_vae_says_its_norm_groups_unless_they_are_flux(official, run, look, tmp_path):
+    folder = tmp_path / "official"
+    shutil.copytree(official, folder)
+    config = folder / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"norm_num_groups": 8}))
+    run(source=str(official), out=tmp_path / "32", qtype="BF16")
+    run(source=str(folder), out=tmp_path / "8", qtype="BF16")
+    run(source=str(tmp_path / "8"), out=tmp_path / "again", qtype="BF16")
+    told = {n: open_source(tmp_path / n / "vae.safetensors") for n in ("32", "8", "again")}
+    assert told["32"].metadata == {"format": "pt"}
+    assert told["8"].metadata == {"format": "pt", "norm_num_groups": "8"}
+    shapes = {name: part.shape for name, part in vae_parts(told["8"]).items()}
+    assert VAEConfig.from_shapes(shapes, told["8"].metadata).norm_groups == 8
+    paths = {n: source.path for n, source in told.items()}
+    assert look.data_of(paths["32"]) == look.data_of(paths["8"])
+    assert paths["again"].read_bytes() == paths["8"].read_bytes()
+
+
+def test_norm_groups_that_cannot_be_are_refused_with_the_file(official, run, tmp_path):
+    folder = tmp_path / "official"
+    shutil.copytree(official, folder)
+    config = folder / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"norm_num_groups": 0}))
+    message = (
+        r"_model\.safetensors: metadata 'norm_num_groups' is 0; expected a whole number from 1"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        run(source=str(folder), out=tmp_path / "out")

@@ -1,6 +1,8 @@
 """A folder is a model, converted or official, or the message says what it lacks."""
 
 import json
+from importlib.resources import files
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +10,10 @@ import pytest
 from zquant.errors import CheckpointError, FormatError
 from zquant.formats.model_folder import (
     VARIANTS,
+    Hint,
     Variant,
     find_model,
+    model_folder,
     read_json,
     source_metadata,
     variant_of_shift,
@@ -57,6 +61,39 @@ def test_a_converted_folder(converted):
     assert (found.dit, found.text_encoder, found.vae) == tuple(folder / n for n in FILES.values())
     assert found.variant == VARIANTS["base"]
     assert found.tokenizer is None
+    assert (found.size, found.hint) == ((1024, 1024), None)
+
+
+def test_a_folder_may_have_its_own_size_and_a_hint(converted):
+    found = find_model(converted(size=[128, 96], hint={"words": ["a", "红色"], "text": "few"}))
+    assert found.size == (128, 96)
+    assert found.hint == Hint(words=["a", "红色"], text="few")
+
+
+def test_the_hint_is_given_for_words_beyond_the_known():
+    hint = Hint(words=["a", "red", "circle", "红色", "圆形", "形"], text="few words")
+    for known in ("a red circle", "A RED\ncircle.", "红色圆形。", "  ...  "):
+        assert hint.about(known) is None, known
+    for beyond in ("a fox", "reds", "红色狐狸", "a red circle 2", "redcircle", "a red circle 🦊"):
+        assert hint.about(beyond) == "few words", beyond
+
+
+def test_demo_is_the_model_inside_zquant_and_a_path_is_not():
+    folder = model_folder("demo")
+    assert folder == Path(str(files("zquant"))) / "demo"
+    found = find_model(folder)
+    assert found.size == (128, 128)
+    assert found.hint is not None
+    assert found.hint.about("a red circle left of a blue square") is None
+    assert found.hint.about("a fox") == found.hint.text
+    for path in ("./demo", "demo/", Path("demo"), "other"):
+        assert model_folder(path) == Path(path)
+
+
+def test_an_installation_without_the_demo_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("zquant.formats.model_folder.package_files", lambda _: tmp_path)
+    with pytest.raises(CheckpointError, match=r"demo model is missing .*write \./demo"):
+        model_folder("demo")
 
 
 def test_an_official_folder(official):
@@ -74,6 +111,17 @@ BAD_MANIFESTS = {
     "no-variant": ({"variant": None}, FormatError, r"incomplete \('variant'\)\. Convert the model"),
     "no-number": ({"steps": "x"}, FormatError, r"incomplete \(invalid literal.*Convert the model"),
     "negative": ({"shift": -1}, FormatError, r"shift -1\.0 and steps 8 must be positive"),
+    "size": ({"size": [128]}, FormatError, r"size is \[128\]; expected \[width, height\]"),
+    "hint": ({"hint": {"words": ["a"]}}, FormatError, r"hint is \{.*expected its words and text"),
+    "hint-text": (
+        {"hint": {"words": [], "text": "\x1b[2J"}},
+        FormatError,
+        r"hint is .*expected its words and text",
+    ),
+    "hint-string": ({"hint": {"words": "ab", "text": ""}}, FormatError, r"hint is .*expected its"),
+    "hint-list": ({"hint": ["a"]}, FormatError, r"hint is \['a'\]; expected its words and text"),
+    "hint-words": ({"hint": {"words": [1], "text": ""}}, FormatError, r"hint is .*expected its"),
+    "hint-space": ({"hint": {"words": [""], "text": ""}}, FormatError, r"hint is .*expected its"),
     "escape": ({"files": {"dit": {"name": "../d"}}}, FormatError, r"'dit' is '\.\./d'; expected"),
     "parent": ({"files": {"dit": {"name": ".."}}}, FormatError, r"'dit' is '\.\.'; expected a"),
     "gone": ({"files": {"dit": {"name": "gone"}}}, CheckpointError, r"gone: missing, though model"),
@@ -134,5 +182,7 @@ def test_metadata_of_an_official_component_is_its_config(tmp_path):
     (tmp_path / "config.json").write_text('{"rms_norm_eps": 0.1, "rope_theta": null}')
     expected = {"qwen3.attention.layer_norm_rms_epsilon": 0.1}
     assert source_metadata(source) == expected
+    (tmp_path / "config.json").write_text('{"block_out_channels": [16], "norm_num_groups": 8}')
+    assert source_metadata(source) == {"norm_num_groups": 8}
     source.container = "gguf"
     assert source_metadata(source) == {"format": "pt"}

@@ -71,12 +71,12 @@ def test_the_toy_opens(toy_folder: Path) -> None:
 def test_loaded_weights_are_the_mapped_file(toy_folder: Path) -> None:
     checkpoint = Checkpoint(find_model(toy_folder))
     dit = checkpoint.dit(torch.device("cpu"), torch.float32)
-    stored = checkpoint.part("dit", "layers.1.feed_forward.w2.weight").raw()
+    stored = checkpoint.parts["dit"]["layers.1.feed_forward.w2.weight"].raw()
     weight = dit.get_parameter("layers.1.feed_forward.w2.weight")
     assert weight.dtype == torch.uint8
     assert weight.data_ptr() == stored.ctypes.data
     encoder = checkpoint.text_encoder(torch.device("cpu"), torch.float32)
-    table = checkpoint.part("text_encoder", "model.embed_tokens.weight").raw()
+    table = checkpoint.parts["text_encoder"]["model.embed_tokens.weight"].raw()
     assert encoder.get_parameter("model.embed_tokens.weight").data_ptr() == table.ctypes.data
     checkpoint.close()
 

@@ -49,7 +49,7 @@ def test_the_published_text_encoder() -> None:
 
 
 def test_the_published_autoencoder() -> None:
-    config = VAEConfig.from_shapes(shapes("vae"))
+    config = VAEConfig.from_shapes(shapes("vae"), {})
     assert config == VAEConfig(
         in_channels=3,
         latent_channels=16,
@@ -131,7 +131,22 @@ def test_an_autoencoder_whose_groups_do_not_fit() -> None:
     with pytest.raises(
         CheckpointError, match="norm groups of 32 do not divide the channels of 100"
     ):
-        VAEConfig.from_shapes(shapes("vae") | changed)
+        VAEConfig.from_shapes(shapes("vae") | changed, {})
+    with pytest.raises(CheckpointError, match="norm groups of 24 do not divide the channels of 12"):
+        VAEConfig.from_shapes(shapes("vae"), {"norm_num_groups": 24})
+
+
+@pytest.mark.parametrize("given", [8, "8", "08"])
+def test_metadata_tells_the_norm_groups(given: object) -> None:
+    assert VAEConfig.from_shapes(shapes("vae"), {"norm_num_groups": given}).norm_groups == 8
+
+
+@pytest.mark.parametrize("given", [0, -8, "", "8.0", "²", True, None, 1025, 2**70, "9" * 9])
+def test_impossible_norm_groups(given: object) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"'norm_num_groups' is .*; expected a whole number from 1 to"
+    ):
+        VAEConfig.from_shapes(shapes("vae"), {"norm_num_groups": given})
 
 
 def test_counting_blocks_of_a_hostile_file_takes_no_time() -> None:

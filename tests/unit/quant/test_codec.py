@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from zquant.quant.codec import dequantize, quantize
-from zquant.quant.floats import bf16_to_f32
 from zquant.quant.qtypes import QTYPES
 
 QUANTIZED = [name for name, qtype in QTYPES.items() if not qtype.is_float]
@@ -215,15 +214,6 @@ def test_nan_and_infinity_survive_as_floats(name):
 def test_f32_bytes_are_the_weights():
     weights = np.random.default_rng(4).standard_normal((3, 5)).astype(np.float32)
     assert quantize(weights, QTYPES["F32"]).tobytes() == weights.tobytes()
-
-
-def test_bf16_widens_every_bit_pattern():
-    bits = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
-    expected = (bits.astype(np.uint32) << 16).view(np.float32)
-    np.testing.assert_array_equal(bf16_to_f32(bits).view(np.uint32), expected.view(np.uint32))
-    out = np.empty((128, 256), np.float32)
-    assert bf16_to_f32(bits[::2], out) is out
-    np.testing.assert_array_equal(out.view(np.uint32), expected[::2].view(np.uint32))
 
 
 @pytest.mark.parametrize(

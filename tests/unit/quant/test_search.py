@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from zquant.quant.codec import quantize
+from zquant.quant.columns import MIN_COLUMNS, column_sums, scale_and_shift
 from zquant.quant.qtypes import QTYPES
-from zquant.quant.search import MIN_GROUPS, OffsetGrid, column_sums, search_offset, search_signed
+from zquant.quant.search import OffsetGrid, scaled_differences, search_offset, search_signed
 
 GRID = OffsetGrid(top=15, first=-1, step=0.1, last_k=20)
 
@@ -15,7 +16,7 @@ def columns(n_groups, seed=0):
     return torch.randn(32, n_groups, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("n_groups", [MIN_GROUPS, 3, 8, 16, 100, 8192, 9001])
+@pytest.mark.parametrize("n_groups", [MIN_COLUMNS, 3, 8, 16, 100, 8192, 9001])
 def test_sums_run_in_row_order(n_groups):
     a = columns(n_groups) * 1000
     expected = a[0].numpy().copy()
@@ -27,6 +28,17 @@ def test_sums_run_in_row_order(n_groups):
 def test_a_single_group_is_refused_because_it_would_be_summed_pairwise():
     with pytest.raises(AssertionError):
         column_sums(columns(1))
+
+
+def test_fused_passes_round_every_operation():
+    """They are torch's, whose next version may compute them differently."""
+    x, numbers = columns(1001), torch.rand(2, 1001) + 0.1
+    offset, t = numbers.numpy()
+    out = torch.empty_like(x)
+    scaled_differences(x, offset, t, out)
+    np.testing.assert_array_equal(out, (x.numpy() - offset) * t)
+    shifted = scale_and_shift(x.clone(), numbers[:1], numbers[1:])
+    np.testing.assert_array_equal(shifted, x.numpy() * offset + t)
 
 
 def test_offset_fit_beats_the_plain_grid_and_never_has_a_positive_offset():
