@@ -15,8 +15,6 @@ line is one JSON document.
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from machine import describe_machine
 from PIL import Image
 from torch import Tensor
 
-import zquant
 from zquant import Engine, RunResult
 from zquant.quant.policy import POLICIES
 from zquant.units import format_bytes
@@ -58,7 +55,7 @@ def main() -> int:
     args = _arguments()
     report: dict[str, Any] = {
         "schema": SCHEMA,
-        "machine": machine(args.compute_dtype),
+        "machine": {**describe_machine(), "compute_dtype": args.compute_dtype},
         "prompts": args.prompts,
         "seed": args.seed,
         "steps": args.steps,
@@ -104,23 +101,6 @@ def psnr_db(a: Image.Image, b: Image.Image) -> float:
     """Of two 8-bit pictures of one size; identical ones differ by what rounding may hide."""
     mean_square = float(np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2))
     return 10 * math.log10(255**2 / max(mean_square, ROUNDING))
-
-
-def machine(compute_dtype: str) -> dict[str, Any]:
-    """What this runs on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "zquant": zquant.__version__,
-        "commit": commit,
-        "compute_dtype": compute_dtype,
-    }
 
 
 def _convert(checkpoint: Path, folder: Path, qtype: str) -> Path:
@@ -174,13 +154,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             f"| {row['qtype']} | {format_bytes(row['folder_bytes'])} | " + " | ".join(cells) + " |"
         )
     return "\n".join(lines)
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _arguments() -> argparse.Namespace:

@@ -12,7 +12,6 @@ in the floor. The last line is one JSON document.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe_machine
 
-import zquant
 import zquant.memory.device
 from zquant.quant.codec import dequantize
 from zquant.quant.qtypes import QTYPES
@@ -62,18 +61,8 @@ def machine(compute_dtype: str) -> dict[str, Any]:
     """What this runs on, and the rates that bound it."""
     found = zquant.memory.device.probe("cpu", compute_dtype)
     dtype = found.compute_dtype
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "zquant": zquant.__version__,
-        "commit": commit,
+        **describe_machine(),
         "compute_dtype": str(dtype).removeprefix("torch."),
         "matmul_gflop_s": {m: _matmul_rate(m, dtype) for m in (288, 1056)},
         "decode_gweights_s": {q: _decode_rate(q, dtype) for q in ("Q8_0", "Q4_K", "Q6_K")},
@@ -202,13 +191,6 @@ def _say(row: dict[str, Any]) -> None:
         f"measured {row['step_s']:.1f} s/step ({row['step_s'] / floor:.2f} times), peak RSS {peak}",
         flush=True,
     )
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _arguments() -> argparse.Namespace:

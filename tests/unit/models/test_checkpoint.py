@@ -208,6 +208,11 @@ BROKEN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         CheckpointError,
         "the model's own guidance_scale is nan; it must be a finite number",
     ),
+    "size 100": (
+        {"size": [100, 128]},
+        CheckpointError,
+        "the model's own width is 100; it must be a multiple of 16",
+    ),
     "shift infinite": ({"shift": 1e999}, CheckpointError, "the model's own shift is inf; it must"),
 }
 
