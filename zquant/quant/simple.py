@@ -31,6 +31,7 @@ def signed_levels(qblocks: torch.Tensor, half: int) -> tuple[torch.Tensor, torch
     if tied.numel():  # the first of equal magnitudes decides the sign
         rows = qblocks[tied]
         largest[tied] = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
-    d = torch.div(largest, torch.tensor(-float(half)))
+    # ggml's largest starts as +0; the sum turns a -0 that came first into that
+    d = torch.div(largest + 0.0, torch.tensor(-float(half)))
     q = (qblocks * inverse(d)).add_(half + 0.5)
     return d, q.to(torch.uint8).clamp_(max=2 * half - 1)

@@ -63,6 +63,15 @@ def test_quantized_bytes_equal_gguf_py(name, scale):
     np.testing.assert_array_equal(quantize(weights, QTYPES[name]), expected)
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0"])
+def test_zeros_have_the_scale_of_ggml_whatever_their_signs(name):
+    """ggml divides +0 by a negative level; gguf-py divides the first zero."""
+    for first in (0.0, -0.0):
+        zeros = np.zeros((1, 32), np.float32)
+        zeros[0, 0] = first
+        assert quantize(zeros, QTYPES[name])[0, :2].tolist() == [0, 0x80]
+
+
 def test_q8_0_rounds_halves_away_from_zero():
     """Largest weight 127 makes the scale 1, so the others are stored as they round."""
     below_half = np.nextafter(np.float32(0.5), np.float32(0))
@@ -157,6 +166,8 @@ def test_edge_inputs_quantize_without_warnings(name, edge):
 @pytest.mark.parametrize("name", ORACLE_QUANTIZES)
 def test_edge_inputs_equal_gguf_py(name, edge):
     weights = edge_inputs()[edge][None]
+    if edge == "negative_zeros" and name in ("Q4_0", "Q5_0"):
+        weights = weights + 0.0  # see the test of the scale of zeros
     expected = gguf.quants.quantize(weights, oracle_type(name))
     np.testing.assert_array_equal(quantize(weights, QTYPES[name]), expected)
 
