@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", choices=("turbo", "base"), help="when the source cannot tell")
     parser.add_argument("--allow-requantize", action="store_true", help="accept a quantized source")
     parser.add_argument("--threads", type=int, help="worker threads (default: all cores)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="where to quantize: auto, cpu, cuda or cuda:1; the bytes are the same",
+    )
     parser.add_argument("--resume", action="store_true", help="finish an interrupted conversion")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and stop")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -49,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     if notice := demo_notice(request.source):
         print(f"note: {notice}", file=sys.stderr)
     plan = plan_conversion(request)
-    if not args.json:
+    if args.json:
+        print(plan.place.summary, file=sys.stderr)
+    else:
         print("\n".join(plan_rows(plan)), flush=True)
     if args.dry_run:
         if args.json:
@@ -96,6 +103,7 @@ def _request(args: argparse.Namespace) -> Any:
         variant=args.variant,
         allow_requantize=args.allow_requantize,
         threads=args.threads,
+        device=args.device,
         resume=args.resume,
     )
 

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from zquant.convert.place import Place
 from zquant.convert.plan import ConversionPlan, Output
 from zquant.convert.publish import manifest_of, publish
 from zquant.convert.slabs import in_order, slabs_of
@@ -42,6 +45,7 @@ class ConvertResult:
 
     folder: Path
     manifest: dict[str, Any]
+    place: Place
     seconds: float
     source_bytes: int
     peak_host_bytes: int | None
@@ -53,6 +57,7 @@ def convert(plan: ConversionPlan, progress: Progress = lambda *_: None) -> Conve
     Raises:
         PlanError: not enough disk (parts stay and can be resumed), or a weight is too large.
         CheckpointError: a weight is NaN or infinite.
+        DeviceError: the GPU has no memory left.
         ZQuantError: the folder cannot be written, or its parts are of another conversion.
     """
     start = time.perf_counter()
@@ -74,6 +79,7 @@ def convert(plan: ConversionPlan, progress: Progress = lambda *_: None) -> Conve
     return ConvertResult(
         folder=folder,
         manifest=manifest,
+        place=plan.place,
         seconds=time.perf_counter() - start,
         source_bytes=source_bytes,
         peak_host_bytes=sum({**peaks, os.getpid(): own}.values()) if own else None,
@@ -88,11 +94,12 @@ def _write_all(
     `peaks` gets the peak memory of every process that worked.
     """
     count, source_bytes = plan.request.threads or cores(), 0
-    with workers(count, plan.n_searched) as pool:
+    gpu = plan.place.gpu
+    with workers(count, 0 if gpu else plan.n_searched) as pool:
         for output in plan.outputs:
             file = ResumableFile(output.path, output.fingerprint, resume=plan.request.resume)
             files.append(file)
-            job = _Job(output, file, peaks, progress)
+            job = _Job(output, file, gpu, peaks, progress)
             source_bytes += job.write(pool, count * SLABS_PER_WORKER)
             file.seal()
     return source_bytes
@@ -104,6 +111,7 @@ class _Job:
 
     output: Output
     file: ResumableFile
+    gpu: torch.device | None
     peaks: dict[int, int]
     progress: Progress
 
@@ -116,7 +124,7 @@ class _Job:
         done, left = output.tensors[:n_done], output.tensors[n_done:]
         self.progress(output.path.name, sum(t.n_weights for t in done))
         error = power = 0.0
-        with closing(in_order(pool, slabs_of(left), window)) as results:
+        with closing(in_order(pool, slabs_of(left), window, self.gpu)) as results:
             for slab, packed in results:
                 if slab.offset > file.size:  # alignment, before a tensor's first slab only
                     file.append(bytes(slab.offset - file.size), None, last=False)

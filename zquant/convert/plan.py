@@ -13,6 +13,7 @@ from pathlib import Path
 
 import zquant
 from zquant.convert.headers import Listed, describe, file_header
+from zquant.convert.place import Place, choose_place
 from zquant.errors import CheckpointError
 from zquant.formats.detect import open_source
 from zquant.formats.model_folder import VARIANTS, Variant
@@ -51,6 +52,7 @@ class ConvertRequest:
         variant: "turbo" or "base" where the source does not say; None: Turbo.
         allow_requantize: accept sources that are quantized already.
         threads: None: one per core.
+        device: where to quantize: "auto", "cpu", "cuda" or "cuda:1".
         resume: go on from the `.part` files of an interrupted run.
     """
 
@@ -65,6 +67,7 @@ class ConvertRequest:
     variant: str | None = None
     allow_requantize: bool = False
     threads: int | None = None
+    device: str = "auto"
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -134,6 +137,7 @@ class ConversionPlan:
     request: ConvertRequest
     origin: Origin
     variant: Variant
+    place: Place
     outputs: tuple[Output, ...]
 
     @property
@@ -173,9 +177,10 @@ def plan_conversion(request: ConvertRequest) -> ConversionPlan:
 
     Raises:
         ZQuantError: the source is missing, damaged, another model, or quantized already; or the
-            output would replace its own source.
+            output would replace its own source; or the device is not there.
         ValueError: a policy or tensor type is unknown or matches nothing.
     """
+    place = choose_place(request.device)
     policies = {c: policy_by_name(request.qtype) for c in COMPONENTS}
     if request.text_encoder_qtype:
         policies["text_encoder"] = policy_by_name(request.text_encoder_qtype)
@@ -186,7 +191,11 @@ def plan_conversion(request: ConvertRequest) -> ConversionPlan:
     _check_overrides(request, outputs)
     _keep_sources(outputs)
     return ConversionPlan(
-        request=request, origin=origin, variant=variant or VARIANTS["turbo"], outputs=outputs
+        request=request,
+        origin=origin,
+        variant=variant or VARIANTS["turbo"],
+        place=place,
+        outputs=outputs,
     )
 
 

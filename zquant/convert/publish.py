@@ -21,7 +21,10 @@ __all__ = ["manifest_of", "publish"]
 
 
 def manifest_of(plan: ConversionPlan, files: Sequence[ResumableFile]) -> dict[str, Any]:
-    """Content of `model.json`; depends on the sources and options only."""
+    """Content of `model.json`; depends on the sources and options only.
+
+    (The last digits of errors depend on where their sums are made.)
+    """
     written = list(zip(plan.outputs, files, strict=True))
     said = plan.origin.manifest or {}
     return {

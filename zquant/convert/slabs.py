@@ -4,6 +4,9 @@ A slab is some rows of a stored tensor: decoded, quantized and measured by one w
 the file by itself when it is another process, and computes a piece at a time, which fits the cache.
 A bounded number of slabs is under way, so memory does not depend on the size of the model; rows are
 quantized alone, so bytes do not depend on the slabs.
+
+With a GPU, workers are threads that read; the stored bytes go there, and it decodes, quantizes and
+measures a whole slab, one at a time.
 """
 
 import math
@@ -13,13 +16,15 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from zquant_kernels import quantize as kernels
 
 from zquant.convert.plan import OutputTensor
-from zquant.errors import CheckpointError, PlanError
+from zquant.errors import CheckpointError, DeviceError, PlanError
 from zquant.formats.names import Part
 from zquant.memory.device import peak_host_bytes
 from zquant.quant.codec import dequantize, quantize
@@ -31,6 +36,7 @@ SLAB_WEIGHTS = 2**21  # long enough that passing results around does not count
 PIECE_WEIGHTS = 2**19  # what is computed at a time, so that it stays in the cache
 DOT_LENGTH = 2048  # BLAS splits dot products of more than 10000 numbers
 _LOCAL = threading.local()
+_GPU = threading.Lock()  # held by who uses it: bounds its memory, and Triton compiles once
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +80,19 @@ def slabs_of(tensors: Iterable[OutputTensor]) -> Iterator[Slab]:
 
 
 def in_order(
-    pool: Executor, slabs: Iterator[Slab], window: int
+    pool: Executor, slabs: Iterator[Slab], window: int, gpu: torch.device | None = None
 ) -> Generator[tuple[Slab, Packed], None, None]:
     """Results in the order of `slabs`, at most `window` of them under way.
 
     Raises:
         CheckpointError: a weight is NaN or infinite.
         PlanError: a weight is too large for the qtype it shall have.
+        DeviceError: the GPU has no memory left.
     """
     pending: deque[tuple[Slab, Future[Packed]]] = deque()
     try:
         for slab in slabs:
-            pending.append((slab, pool.submit(_pack, slab)))
+            pending.append((slab, pool.submit(_pack, slab, gpu)))
             if len(pending) >= window:
                 first, future = pending.popleft()
                 yield first, future.result()
@@ -97,17 +104,27 @@ def in_order(
             future.cancel()
 
 
-def _pack(slab: Slab) -> Packed:
-    """Decode, quantize and measure one slab, piece by piece."""
+def _pack(slab: Slab, gpu: torch.device | None) -> Packed:
+    """Decode, quantize and measure one slab."""
     n_columns, (first, last) = slab.part.shape[-1], slab.rows
     data = np.empty((last - first, slab.qtype.row_bytes(n_columns)), np.uint8)
-    step = max(1, PIECE_WEIGHTS // n_columns)
+    if gpu and slab.qtype.name in kernels.QTYPES and slab.qtype != slab.part.qtype:
+        error, power = _pack_on(gpu, slab, data)
+    else:
+        error, power = _pack_pieces(slab, data)
+    return Packed(data.reshape(-1), error, power, os.getpid(), peak_host_bytes())
+
+
+def _pack_pieces(slab: Slab, out: npt.NDArray[np.uint8]) -> tuple[float, float]:
+    """Fill `out` on the CPU; sums of squares of the slab's errors and of itself."""
+    first, last = slab.rows
+    step = max(1, PIECE_WEIGHTS // slab.part.shape[-1])
     error = power = 0.0
     for row in range(first, last, step):
         stop = min(row + step, last)
-        piece_error, piece_power = _pack_piece(slab, row, data[row - first : stop - first])
+        piece_error, piece_power = _pack_piece(slab, row, out[row - first : stop - first])
         error, power = error + piece_error, power + piece_power
-    return Packed(data.reshape(-1), error, power, os.getpid(), peak_host_bytes())
+    return error, power
 
 
 def _pack_piece(slab: Slab, row: int, out: npt.NDArray[np.uint8]) -> tuple[float, float]:
@@ -127,11 +144,33 @@ def _pack_piece(slab: Slab, row: int, out: npt.NDArray[np.uint8]) -> tuple[float
     dequantize(torch.from_numpy(out), qtype, torch.float32, out=decoded)
     error = _sum_of_squares(decoded.sub_(weights))
     if not math.isfinite(error):
-        raise PlanError(
-            f"{part.info.reader.name}: tensor {part.info.name!r} holds a weight of "
-            f"{weights.abs().max():.3g}, too large for {qtype}. "
-            f"Keep it wide: --tensor-type '{slab.name}=BF16'"
-        )
+        _refuse_too_large(slab, weights)
+    return error, power
+
+
+def _pack_on(gpu: torch.device, slab: Slab, out: npt.NDArray[np.uint8]) -> tuple[float, float]:
+    """`_pack_pieces` on a GPU, the whole slab at once."""
+    part, qtype = slab.part, slab.qtype
+    row_bytes = part.qtype.row_bytes(part.shape[-1])
+    stored, _, _ = _scratch(len(out), row_bytes, part.shape[-1])
+    part.read_into(slab.rows[0] * row_bytes, stored.numpy().reshape(-1))
+    try:
+        with _GPU:
+            weights = dequantize(stored.to(gpu), part.qtype, torch.float32)
+            power = _sum_of_squares_on_gpu(weights)
+            if not math.isfinite(power):
+                _refuse_non_finite(slab, slab.rows[0], weights)
+            packed = kernels.quantize(weights, qtype.name)
+            out[:] = packed.cpu().numpy()
+            decoded = dequantize(packed, qtype, torch.float32)
+            error = _sum_of_squares_on_gpu(decoded.sub_(weights))
+            if not math.isfinite(error):
+                _refuse_too_large(slab, weights)
+    except torch.OutOfMemoryError as no_memory:
+        raise DeviceError(
+            f"no memory left on {gpu} for {slab.n_weights} weights of {slab.name!r}. "
+            f"Free some, or go on with --device cpu --resume, which writes the same bytes."
+        ) from no_memory
     return error, power
 
 
@@ -164,7 +203,19 @@ def _sum_of_squares(values: torch.Tensor) -> float:
     return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
 
 
-def _refuse_non_finite(slab: Slab, first_row: int, weights: torch.Tensor) -> None:
+def _sum_of_squares_on_gpu(values: torch.Tensor) -> float:
+    return float(values.double().square_().sum())
+
+
+def _refuse_too_large(slab: Slab, weights: torch.Tensor) -> NoReturn:
+    raise PlanError(
+        f"{slab.part.info.reader.name}: tensor {slab.part.info.name!r} holds a weight of "
+        f"{weights.abs().max():.3g}, too large for {slab.qtype}. "
+        f"Keep it wide: --tensor-type '{slab.name}=BF16'"
+    )
+
+
+def _refuse_non_finite(slab: Slab, first_row: int, weights: torch.Tensor) -> NoReturn:
     row, column = torch.nonzero(~torch.isfinite(weights))[0].tolist()
     value = weights[row, column].item()
     row += first_row + (slab.part.rows[0] if slab.part.rows else 0)

@@ -12,7 +12,7 @@ __all__ = ["plan_rows", "result_lines"]
 
 
 def plan_rows(plan: ConversionPlan) -> Iterator[str]:
-    """Every tensor with its qtype and bytes, a total for each file, and the variant."""
+    """Every tensor with its qtype and bytes, a total for each file, the place, and the variant."""
     for output in plan.outputs:
         width = max(len(t.name) for t in output.tensors)
         for t in output.tensors:
@@ -21,6 +21,7 @@ def plan_rows(plan: ConversionPlan) -> Iterator[str]:
             f"= {output.path}: {format_count(output.n_weights)} weights, {output.bpw:.2f} bpw, "
             f"{format_bytes(output.total_size)}\n"
         )
+    yield plan.place.summary
     stated = plan.request.variant or plan.origin.variant
     reason = "" if stated else " (assumed: the source does not say; set it with --variant)"
     yield (
@@ -30,7 +31,7 @@ def plan_rows(plan: ConversionPlan) -> Iterator[str]:
 
 
 def result_lines(result: ConvertResult) -> Iterator[str]:
-    """Files with their error per qtype, then time, throughput and memory."""
+    """Files with their error per qtype, then time, place, throughput and memory."""
     for component, entry in result.manifest["files"].items():
         errors = defaultdict(list)
         for tensor in result.manifest["tensors"][component].values():
@@ -47,7 +48,7 @@ def result_lines(result: ConvertResult) -> Iterator[str]:
     rate = result.source_bytes / max(result.seconds, 1e-9) / 1e6
     memory = result.peak_host_bytes
     yield (
-        f"done in {format_seconds(result.seconds)}: {rate:.0f} MB/s read"
+        f"done in {format_seconds(result.seconds)} on {result.place.name}: {rate:.0f} MB/s read"
         + (f", peak RAM {format_bytes(memory)}" if memory else "")
     )
     yield f"next: zquant run PROMPT --model {typed(result.folder)}"

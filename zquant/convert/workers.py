@@ -3,7 +3,8 @@
 A search for scales is hundreds of short array operations, between which threads wait for the
 interpreter lock: two threads quantize Q4_K at hardly more than the rate of one, two processes at
 twice. A process takes about two seconds to start and its results have to be copied, so small
-conversions and types without a search (Q8_0) stay with threads. Bytes are the same either way.
+conversions and types without a search (Q8_0) stay with threads, and so does all that a GPU
+quantizes. Bytes are the same either way.
 """
 
 import multiprocessing
