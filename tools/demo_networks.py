@@ -1,7 +1,8 @@
 """The demo model while it is trained: zquant's own networks with trainable weights.
 
-The modules are those of `zquant.models`, so training and painting share every line of the forward
-pass; only the packed linears are exchanged for torch's. What is here besides is the batch: many
+The modules are those of `zquant.models`, so training and painting share the forward pass; only the
+packed linears are exchanged for torch's, and a block's fused kernels, which know no gradients and
+one timestep only, for plain operations (`_run_block`). What is here besides is the batch: many
 captions and many timesteps at once, which the engine never needs.
 """
 
@@ -14,11 +15,13 @@ from demo_scenes import all_texts
 from torch import Tensor, nn
 
 from zquant import sampling
+from zquant.layers.attention import attention
 from zquant.layers.linear import QuantEmbedding, QuantLinear
 from zquant.layers.norm import RMSNorm
 from zquant.layers.rope import angles
 from zquant.models.config import DiTConfig, TextEncoderConfig, VAEConfig
-from zquant.models.dit import Block, DiT, patchify, unpatchify
+from zquant.models.dit import DiT, patchify, unpatchify
+from zquant.models.dit_block import Block, Rope
 from zquant.models.text_encoder import TextEncoder
 from zquant.models.tokenizer import NORMAL, Tokenizer, Vocabulary, prompt_ids
 from zquant.models.vae import VAE
@@ -179,7 +182,7 @@ class Painter(nn.Module):
             x = layer(x)
         x = torch.where(mask[..., None], x, self.dit.cap_pad_token)
         for block in self.dit.context_refiner:
-            x = block(x, self.ropes[2], None, torch.float32)
+            x = _run_block(block, x, self.ropes[2], (1.0, 1.0, 1.0, 1.0))
         return x
 
     def velocity(self, latents: Tensor, sigmas: Tensor, caption: Tensor) -> Tensor:
@@ -189,10 +192,10 @@ class Painter(nn.Module):
         x = next(iter(dit.all_x_embedder.values()))(patchify(latents))
         n_image = x.shape[1]
         for block in dit.noise_refiner:
-            x = block(x, image_rope, _modulation(block, c), torch.float32)
+            x = _run_block(block, x, image_rope, _modulation(block, c))
         x = torch.cat((x, caption), dim=1)
         for block in dit.layers:
-            x = block(x, rope, _modulation(block, c), torch.float32)
+            x = _run_block(block, x, rope, _modulation(block, c))
         final = next(iter(dit.all_final_layer.values()))
         x = final(x[:, :n_image], final.modulate(c)[:, None])
         return -unpatchify(x, *latents.shape[-2:])
@@ -224,6 +227,26 @@ class Painter(nn.Module):
             return self.velocity(x, schedule[step].expand(len(x)), caption)
 
         return sampling.denoise(velocity, x, schedule, lambda *_: None)
+
+
+def _run_block(block: Block, x: Tensor, rope: Rope, modulation: Sequence[Tensor | float]) -> Tensor:
+    """`Block.forward` of `x [B, L, dim]` with gradients; modulation `[B, 1, dim]` or numbers."""
+    scale_msa, gate_msa, scale_mlp, gate_mlp = modulation
+    attend, ffn = block.attention, block.feed_forward
+    h, heads = block.attention_norm1(x) * scale_msa, attend.shape[1:]
+    q, k, v = (linear(h).unflatten(-1, heads) for linear in (attend.to_q, attend.to_k, attend.to_v))
+    q, k = _rotate_pairs(attend.norm_q(q), *rope), _rotate_pairs(attend.norm_k(k), *rope)
+    x = x + block.attention_norm2(attend.to_out[0](attention(q, k, v))) * gate_msa
+    h = block.ffn_norm1(x) * scale_mlp
+    out: Tensor = x + block.ffn_norm2(ffn.w2(F.silu(ffn.w1(h)) * ffn.w3(h))) * gate_mlp
+    return out
+
+
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs `(2p, 2p + 1)` of `x [B, L, heads, d]` by `cos, sin [L, d / 2]`."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
 def _modulation(block: Block, c: Tensor) -> tuple[Tensor, ...]:

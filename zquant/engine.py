@@ -19,19 +19,21 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 from torch import Tensor
+from zquant_kernels.runtime import forbidden
 
 import zquant
 from zquant import sampling
-from zquant.errors import CheckpointError, ZQuantError
+from zquant.errors import CheckpointError
 from zquant.formats.model_folder import demo_notice
 from zquant.image import to_image
 from zquant.memory.device import Device, peak_host_bytes, probe
 from zquant.models.checkpoint import Checkpoint, model_files
-from zquant.models.dit import DiT, Modulation, Prompt
+from zquant.models.dit import DiT
 from zquant.models.text_encoder import TextEncoder
 from zquant.models.tokenizer import PromptIds, Tokenizer, prompt_ids
 from zquant.models.vae import VAE
 from zquant.request import RunRequest, RunResult
+from zquant.velocity import Guidance, Velocity, check_finite
 
 __all__ = ["Engine", "Progress"]
 
@@ -52,6 +54,15 @@ class _Settings:
     guidance_scale: float
     shift: float
     schedule: Tensor
+
+    def guidance(self, request: RunRequest) -> Guidance:
+        """What the sampler needs to know of it."""
+        return Guidance(
+            scale=self.guidance_scale,
+            normalization=float(request.cfg_normalization),
+            truncation=request.cfg_truncation,
+            taus=sampling.taus(self.schedule).tolist(),
+        )
 
 
 class Engine:
@@ -78,22 +89,28 @@ class Engine:
         variant: str | None = None,
         device: str = "auto",
         compute_dtype: str = "auto",
+        compute: str = "auto",
+        kernels: str = "auto",
+        attention: str = "sdpa",
     ) -> "Engine":
         """Open a model folder, single files, or a folder with some files replaced.
 
         Args:
             model: a folder made by `zquant convert`, or an official one; the text "demo" is the
                 small model inside zquant.
-            dit: a DiT file; likewise `text_encoder` and `vae`.
-            text_encoder: see `dit`.
-            vae: see `dit`.
+            dit: a DiT file.
+            text_encoder: its file.
+            vae: its file.
             variant: "turbo" or "base" where the files cannot tell; None believes the folder.
             device: "auto", "cpu", "cuda" or "cuda:1".
             compute_dtype: "auto", "bfloat16", "float16" or "float32".
+            compute: "auto", "exact" or "int8"; reasons are in `zquant.memory.paths`.
+            kernels: "auto", "triton" or "torch".
+            attention: "sdpa" or "int8".
 
         Raises:
             ZQuantError: a file or the device is not what it should be.
-            ValueError: no model is named, or the variant is unknown.
+            ValueError: no model is named, or a choice is unknown.
         """
         given = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
         files = model_files(model, {k: Path(v) for k, v in given.items() if v}, variant)
@@ -107,7 +124,7 @@ class Engine:
         if notice := demo_notice(model):
             notices.append(notice)
         # the device first: it is wrong more often than the files, and found out sooner
-        chosen = probe(device, compute_dtype)
+        chosen = probe(device, compute_dtype, compute=compute, kernels=kernels, attention=attention)
         return cls(Checkpoint(files), chosen, notices)
 
     @property
@@ -135,6 +152,10 @@ class Engine:
         """
         if self.device.is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device.torch_device)
+        with forbidden(self.device.paths.forbidden):
+            return self._generate(request, progress)
+
+    def _generate(self, request: RunRequest, progress: Progress) -> RunResult:
         start = time.perf_counter()
         settings = self._settings(request)
         noise = self._noise(request, settings)
@@ -208,10 +229,10 @@ class Engine:
     def _phase(self, component: str, work: Callable[[Any], T]) -> T:
         """`work(network)`; the network is on the device for no longer than that."""
         device = self.device
-        dtype = device.vae_dtype if component == "vae" else device.compute_dtype
+        how = device.vae_dtype if component == "vae" else device.compute
         try:
             # no name here holds the network, so it is gone when `work` has returned
-            return work(getattr(self.checkpoint, component)(device.torch_device, dtype))
+            return work(getattr(self.checkpoint, component)(device.torch_device, how))
         finally:
             self.checkpoint.forget(component)
             if device.is_cuda:
@@ -235,7 +256,7 @@ class Engine:
                 for i, (prompt, cut) in enumerate(cuts.items()):
                     ids = torch.tensor(cut.ids, device=self.device.torch_device)
                     embeds = encoder(ids).cpu()
-                    _check_finite(embeds, "the text encoder", self.device.compute_dtype)
+                    check_finite(embeds, "the text encoder", self.device.compute_dtype)
                     self._embeds[prompt] = (embeds, cut.notice)
                     progress("text encoder", i + 1, len(missing))
 
@@ -275,7 +296,7 @@ class Engine:
         def paint(dit: DiT) -> None:
             modulations = dit.modulate(sampling.taus(settings.schedule).to(device))
             prompts = [dit.prepare(e.to(device), *noise.shape[-2:]) for e in embeds]
-            velocity = _Velocity(dit, modulations, prompts, request, settings)
+            velocity = Velocity(dit, modulations, prompts, settings.guidance(request))
             for start in noise[:, None]:
                 kept.append([])
                 clock = time.perf_counter()
@@ -301,7 +322,7 @@ class Engine:
             images = []
             for i, each in enumerate(latents[:, None]):
                 picture = vae.decode_latents(each.to(self.device.torch_device))[0].cpu()
-                _check_finite(picture, "the VAE", self.device.vae_dtype)
+                check_finite(picture, "the VAE", self.device.vae_dtype)
                 images.append(to_image(picture))
                 progress("vae", i + 1, len(latents))
             return images
@@ -324,6 +345,8 @@ class Engine:
             "shift": settings.shift,
             "initial_latents": request.initial_latents is not None,
             "compute_dtype": str(self.device.compute_dtype).removeprefix("torch."),
+            "compute": self.device.compute.mode,
+            "attention": "int8" if self.device.compute.int8_attention else "sdpa",
             "device": self.device.name,
             "variant": files.variant.name,
             "model": {name: path.name for name, path in self.checkpoint.paths.items()},
@@ -331,64 +354,3 @@ class Engine:
             "zquant": zquant.__version__,
             "torch": torch.__version__,
         }
-
-
-class _Velocity:
-    """The velocity of one step, guided where guidance is on, and proven finite."""
-
-    def __init__(
-        self,
-        dit: DiT,
-        modulations: list[Modulation],
-        prompts: list[Prompt],
-        request: RunRequest,
-        settings: _Settings,
-    ) -> None:
-        self.dit, self.modulations, self.prompts = dit, modulations, prompts
-        self.request, self.settings = request, settings
-        self.taus = sampling.taus(settings.schedule).tolist()
-
-    def __call__(self, latents: Tensor, step: int) -> Tensor:
-        """float32 velocity of `latents [1, C, H, W]`."""
-        positive = self._branch(latents, step, self.prompts[0])
-        tau = self.taus[step]
-        if len(self.prompts) == 1 or tau > self.request.cfg_truncation:
-            return positive
-        negative = self._branch(latents, step, self.prompts[1])
-        scale = self.settings.guidance_scale
-        return sampling.guide(positive, negative, scale, float(self.request.cfg_normalization))
-
-    def _branch(self, latents: Tensor, step: int, prompt: Prompt) -> Tensor:
-        velocity = self.dit.velocity(latents, self.modulations[step], prompt)
-        if torch.isfinite(velocity).all():
-            return velocity
-        who = self._first_bad(latents, step, prompt)
-        where = f"step {step + 1} of {self.settings.steps}: {who}"
-        raise ZQuantError(_not_finite(where, self.dit.compute_dtype))
-
-    def _first_bad(self, latents: Tensor, step: int, prompt: Prompt) -> str:
-        """Run the step again and watch every block."""
-        bad: list[str] = []
-
-        def observe(name: str, x: Tensor) -> None:
-            if not bad and not torch.isfinite(x).all():
-                bad.append(f"block {name!r}")
-
-        if not torch.isfinite(prompt.tokens).all():
-            return "the context refiner"
-        self.dit.velocity(latents, self.modulations[step], prompt, observe)
-        return bad[0] if bad else "the final layer"
-
-
-def _check_finite(values: Tensor, who: str, dtype: torch.dtype) -> None:
-    if not torch.isfinite(values).all():
-        raise ZQuantError(_not_finite(who, dtype))
-
-
-def _not_finite(who: str, dtype: torch.dtype) -> str:
-    name = str(dtype).removeprefix("torch.")
-    if dtype == torch.float32:
-        remedy = "In float32 this means a damaged weight: download or convert the model again."
-    else:
-        remedy = "Use --compute-dtype float32; if that fails too, a weight is damaged."
-    return f"{who} gave values that are not finite (computed in {name}). {remedy}"

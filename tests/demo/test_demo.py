@@ -18,7 +18,7 @@ from torch import Tensor
 from zquant import Engine, RunRequest, RunResult, sampling
 from zquant.cli.main import main
 from zquant.layers.linear import QuantLinear
-from zquant.models.dit import Attention
+from zquant.models.dit_block import Attention
 
 
 def scene(*words: str) -> Scene:
@@ -148,7 +148,12 @@ def swapped_qkv(monkeypatch: pytest.MonkeyPatch) -> None:
 def shifted_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every output lands one place off, as an unpacking that is wrong by one row would have it."""
     forward = QuantLinear.forward
-    monkeypatch.setattr(QuantLinear, "forward", lambda self, x: forward(self, x).roll(1, -1))
+
+    def wrong(self: QuantLinear, x: Tensor, out: Tensor | None = None) -> Tensor:
+        y = forward(self, x).roll(1, -1)
+        return y if out is None else out.copy_(y)
+
+    monkeypatch.setattr(QuantLinear, "forward", wrong)
 
 
 def swapped_channels(monkeypatch: pytest.MonkeyPatch) -> None:

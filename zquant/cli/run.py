@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from zquant.cli.run_request import COMPUTE_DTYPES, differences, request_of
+from zquant.cli.run_request import add_machine_arguments, differences, machine_of, request_of
 
 __all__ = ["add_arguments", "run"]
 
@@ -40,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--initial-latents", type=Path, metavar="FILE", help=".npy, not a seed")
     picture.add_argument("--save-latents", type=Path, metavar="FILE", help="final latents as .npy")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    machine.add_argument("--compute-dtype", choices=COMPUTE_DTYPES, help="default: auto")
+    add_machine_arguments(machine)
     machine.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -61,13 +60,11 @@ def run(args: argparse.Namespace) -> int:
         text_encoder=args.text_encoder,
         vae=args.vae,
         variant=args.variant,
-        device=args.device,
-        compute_dtype=args.compute_dtype or recipe.get("compute_dtype", "auto"),
+        **machine_of(args, recipe),
     )
     with closing(engine):
         device = engine.device
-        dtype = str(device.compute_dtype).removeprefix("torch.")
-        print(f"{device.name}, {dtype} ({device.reason})", file=sys.stderr)
+        print(device.summary, file=sys.stderr)
         changed = differences(recipe, engine)
         for notice in changed:
             print(f"note: {notice}", file=sys.stderr)

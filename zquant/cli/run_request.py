@@ -4,13 +4,44 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COMPUTE_DTYPES", "differences", "request_of"]
+__all__ = ["add_machine_arguments", "differences", "machine_of", "request_of"]
 
-COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
+MACHINE = {  # flag -> what it may be; a PNG's recipe sets them unless a flag says otherwise
+    "compute_dtype": ("auto", "bfloat16", "float16", "float32"),
+    "compute": ("auto", "exact", "int8"),
+    "attention": ("sdpa", "int8"),
+}
 FROM_RECIPE = (  # request fields that a PNG's recipe sets, unless a flag says otherwise
     *("prompt", "negative_prompt", "width", "height", "steps", "seed", "guidance_scale"),
     *("cfg_normalization", "cfg_truncation", "shift"),
 )
+
+
+def add_machine_arguments(parser: Any) -> None:
+    """Where and how to compute; `parser` may be a group of one."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--compute-dtype", choices=MACHINE["compute_dtype"], help="default: auto")
+    parser.add_argument(
+        "--compute",
+        choices=MACHINE["compute"],
+        help="exact: multiply floats; int8: tokens and weights as int8, faster on most GPUs; "
+        "default: auto, what pays here",
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=("auto", "triton", "torch"),
+        default="auto",
+        help="triton insists on our kernels, torch does without",
+    )
+    parser.add_argument("--attention", choices=MACHINE["attention"], help="default: sdpa")
+
+
+def machine_of(args: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, str]:
+    """Arguments of `Engine.open` for the machine flags, with a recipe's where no flag is given."""
+    chosen = {"device": args.device, "kernels": args.kernels}
+    for name, known in MACHINE.items():
+        chosen[name] = getattr(args, name) or recipe.get(name, known[0])
+    return chosen
 
 
 def request_of(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -49,11 +80,12 @@ def _recipe(path: Path) -> dict[str, Any]:
         RunRequest(**{"prompt": None, **fields})
     except ValueError as error:
         raise FormatError(f"{path}: the recipe is damaged: {error}. Give flags instead.") from error
-    if recipe.get("compute_dtype", "auto") not in COMPUTE_DTYPES:
-        raise FormatError(
-            f"{path}: the recipe is damaged: compute_dtype is {recipe['compute_dtype']!r:.80}; "
-            f"expected one of {', '.join(COMPUTE_DTYPES)}."
-        )
+    for name, known in MACHINE.items():
+        if recipe.get(name, known[0]) not in known:
+            raise FormatError(
+                f"{path}: the recipe is damaged: {name} is {recipe[name]!r:.80}; "
+                f"expected one of {', '.join(known)}."
+            )
     return recipe
 
 
@@ -67,6 +99,8 @@ def differences(recipe: dict[str, Any], engine: Any) -> list[str]:
         "sha256": engine.sha256,
         "variant": engine.checkpoint.files.variant.name,
         "compute_dtype": str(device.compute_dtype).removeprefix("torch."),
+        "compute": device.compute.mode,
+        "attention": "int8" if device.compute.int8_attention else "sdpa",
         "device": device.name,
     }
     return [

@@ -3,13 +3,17 @@
     out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]
 
 `QuantLinear` keeps the packed bytes of any qtype. On the CPU it expands a slab of rows that fits
-the cache, multiplies, and reuses the buffer; elsewhere it expands the whole weight. A fused or
-integer matmul belongs in `quant_matmul` and nowhere else.
+the cache, multiplies, and reuses the buffer; elsewhere it expands the whole weight. Tokens that
+come quantized are multiplied by the weight in int8.
 """
 
 import torch
 from torch import Tensor, nn
+from zquant_kernels.dequant_int8 import dequant_int8, row_scales
+from zquant_kernels.dequantize import QTYPES as INT8_SOURCES
+from zquant_kernels.matmul_int8 import matmul_int8
 
+from zquant.layers.compute import QuantTokens, Tokens
 from zquant.quant.codec import dequantize
 from zquant.quant.floats import FLOAT_DTYPES
 from zquant.quant.qtypes import QTYPES, QType
@@ -19,25 +23,26 @@ __all__ = ["QuantEmbedding", "QuantLinear", "quant_matmul"]
 SLAB_WEIGHTS = 2**22  # weights expanded at a time on a CPU: 16 MiB of float32, half of a small L3
 
 
-def quant_matmul(x: Tensor, packed: Tensor, qtype: QType) -> Tensor:
+def quant_matmul(x: Tensor, packed: Tensor, qtype: QType, out: Tensor | None = None) -> Tensor:
     """`x @ weight.T` with `weight` expanded from `packed` to the dtype of `x`.
 
     Args:
         x: floating `[M, K]`.
         packed: uint8 `[N, row_bytes]` of `qtype`, on the device of `x`.
         qtype: how the rows are stored.
+        out: `[M, N]` in the dtype of `x`, columns contiguous, written and returned.
 
     Returns:
         `[M, N]` in the dtype of `x`.
     """
-    if FLOAT_DTYPES.get(qtype.name) == x.dtype:
-        return x @ packed.view(x.dtype).t()
-    if x.device.type != "cpu":
-        return x @ dequantize(packed, qtype, x.dtype).t()
     n_rows, n_columns = len(packed), x.shape[1]
+    out = x.new_empty(len(x), n_rows) if out is None else out
+    if FLOAT_DTYPES.get(qtype.name) == x.dtype:
+        return torch.mm(x, packed.view(x.dtype).t(), out=out)
+    if x.device.type != "cpu":
+        return torch.mm(x, dequantize(packed, qtype, x.dtype).t(), out=out)
     slab = min(n_rows, max(16, SLAB_WEIGHTS // n_columns))
     scratch = x.new_empty(slab, n_columns)
-    out = x.new_empty(len(x), n_rows)
     for start in range(0, n_rows, slab):
         stop = min(start + slab, n_rows)
         weight = dequantize(packed[start:stop], qtype, x.dtype, out=scratch[: stop - start])
@@ -52,6 +57,8 @@ class QuantLinear(nn.Module):
         weight: uint8 `[out_features, row_bytes]`; on the meta device until it is loaded.
         bias: float32 `[out_features]` or None.
         qtype: how `weight` is stored.
+        row_scale: float32 `[out_features]`, the int8 scale of every row; None until `use_int8`.
+        group: of the rotation that `row_scale` was made with.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
@@ -61,20 +68,50 @@ class QuantLinear(nn.Module):
         packed = torch.empty(out_features, 4 * in_features, dtype=torch.uint8)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.row_scale: Tensor | None = None
+        self.group = 0
 
     def load(self, packed: Tensor, qtype: QType) -> None:
         """Take `packed` (uint8 `[out_features, row_bytes]`) as the weight, without copying."""
         assert packed.shape == (self.out_features, qtype.row_bytes(self.in_features))
         self.qtype = qtype
         self.weight = nn.Parameter(packed, requires_grad=False)
+        self.row_scale = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
+    @property
+    def fits_int8(self) -> bool:
+        """Whether int8 weights can be made of this storage."""
+        source = INT8_SOURCES.get(self.qtype.name)
+        return source is not None and self.in_features % source.qblock == 0
+
+    def use_int8(self, group: int) -> None:
+        """Prepare for quantized tokens that are rotated by `group`; reads the whole weight once."""
+        self.group = group
+        self.row_scale = row_scales(self.weight, self.qtype.name, group)
+
+    def forward(self, x: Tokens, out: Tensor | None = None) -> Tensor:
+        """Multiply and add the bias.
+
+        Args:
+            x: `[..., in_features]`, or quantized tokens `[M, in_features]`.
+            out: `[M, out_features]`, columns contiguous, written and returned; for `x [M, ...]`.
+
+        Returns:
+            `[..., out_features]` in the dtype of `x`.
+        """
+        if isinstance(x, QuantTokens):
+            return self._int8(x, out)
         flat = x.reshape(-1, self.in_features)
-        out = quant_matmul(flat, self.weight, self.qtype)
+        out = quant_matmul(flat, self.weight, self.qtype, out)
         if self.bias is not None:
             out += self.bias.to(out.dtype)
         return out.view(*x.shape[:-1], self.out_features)
+
+    def _int8(self, x: QuantTokens, out: Tensor | None) -> Tensor:
+        assert self.row_scale is not None
+        assert self.group == x.group
+        weight = dequant_int8(self.weight, self.qtype.name, self.row_scale, self.group)
+        return matmul_int8(x.q, x.scale, weight, self.row_scale, x.dtype, bias=self.bias, out=out)
 
     def extra_repr(self) -> str:
         """Shape and qtype, shown by `print(model)`."""

@@ -1,8 +1,9 @@
-"""Rotary position embeddings: the 3-axis interleaved form (DiT) and the half-split form (Qwen3).
+"""Rotary position embeddings: the angles of both networks, and Qwen3's half-split rotation.
 
     angle[l, p] = position[l] * theta^(-2 p / d),  (a, b) -> (a cos - b sin, a sin + b cos)
 
-Angles are computed in float64 and rounded once to float32; the rotation is float32.
+Angles are computed in float64 and rounded once to float32; the rotation is float32. The DiT rotates
+neighbours, in `zquant_kernels.fused_qk`.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["angles", "axis_angles", "rotate_half", "rotate_pairs"]
+__all__ = ["angles", "axis_angles", "rotate_half"]
 
 
 def angles(positions: Tensor, dim: int, theta: float) -> Tensor:
@@ -24,13 +25,6 @@ def axis_angles(positions: Tensor, axes_dims: Sequence[int], theta: float) -> Te
     return torch.cat(
         [angles(positions[:, a], dim, theta) for a, dim in enumerate(axes_dims)], dim=-1
     )
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs `(2p, 2p + 1)` of `x [B, L, heads, d]` by `cos, sin [L, d / 2]`; float32."""
-    a, b = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -9,20 +9,19 @@ whoever reads the result divides the scale out, or is an RMSNorm, which ignores 
 use 1.
 """
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from zquant_kernels.fused_swiglu import fused_swiglu
+
+from zquant.layers.compute import Tokens, as_tokens
 
 __all__ = ["input_scale", "swiglu"]
 
+Linear = Callable[[Tokens], Tensor]
 INPUT_SCALE = 2.0**-5
 PRODUCT_SCALE = 2.0**-4
-
-
-class _Linear(Protocol):
-    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 def input_scale(dtype: torch.dtype) -> float:
@@ -30,14 +29,32 @@ def input_scale(dtype: torch.dtype) -> float:
     return INPUT_SCALE if dtype == torch.float16 else 1.0
 
 
-def swiglu(x: Tensor, gate: _Linear, up: _Linear, down: _Linear) -> tuple[Tensor, float]:
-    """Feed-forward of `x [..., D]`, already times `input_scale(x.dtype)`.
+def swiglu(
+    x: Tokens, gate: Linear, up: Linear, down: Linear, group: int | None = None
+) -> tuple[Tensor, float]:
+    """Feed-forward of tokens `x`, already times `input_scale(x.dtype)`.
+
+    Args:
+        x: `[..., D]`, or quantized tokens `[M, D]`.
+        gate: the first linear; `up` and `down` likewise.
+        up: see `gate`.
+        down: see `gate`.
+        group: rotation of the tokens that enter `down` quantized; None leaves them floats.
 
     Returns:
         `(out, scale)`: `out [..., D]` in the dtype of `x` is `scale` times the true result.
     """
-    if x.dtype != torch.float16:
-        return down(F.silu(gate(x), inplace=True).mul_(up(x))), 1.0
-    product = F.silu(gate(x).float().mul_(1 / INPUT_SCALE), inplace=True)
-    product.mul_(up(x)).mul_(PRODUCT_SCALE)
-    return down(product.to(x.dtype)), INPUT_SCALE * PRODUCT_SCALE
+    half = x.dtype == torch.float16
+    g = gate(x)
+    shape, g, u = g.shape, g.flatten(0, -2), up(x).flatten(0, -2)
+    product, scale = fused_swiglu(
+        g,
+        u,
+        x.dtype if group is None else torch.int8,
+        gate_factor=1 / INPUT_SCALE if half else 1.0,
+        factor=PRODUCT_SCALE if half else 1.0,
+        group=group or 0,
+        out=g if group is None and not g.requires_grad else None,
+    )
+    out = down(as_tokens(product, scale, group or 0, x.dtype))
+    return out.view(*shape[:-1], out.shape[-1]), INPUT_SCALE * PRODUCT_SCALE if half else 1.0

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from zquant.errors import DeviceError
+from zquant.layers.compute import Compute
+from zquant.memory.paths import AUTO, Paths, choose
 
 __all__ = ["COMPUTE_DTYPES", "Device", "peak_host_bytes", "probe"]
 
@@ -19,7 +21,6 @@ COMPUTE_DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-AUTO = "auto"
 CLEARLY_FASTER = 1.5  # a CPU must multiply bfloat16 this much faster before it is worth rounding
 
 
@@ -28,11 +29,22 @@ class Device:
     """Where and in what dtype to compute, and why.
 
     `vae_dtype` differs from `compute_dtype` for float16, in which the autoencoder is unproven.
+    `reason` is that of the dtype; `paths` have their own.
     """
 
     torch_device: torch.device
-    compute_dtype: torch.dtype
     reason: str
+    paths: Paths
+
+    @property
+    def compute(self) -> Compute:
+        """How blocks compute."""
+        return self.paths.compute
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of exact products."""
+        return self.compute.dtype
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -51,20 +63,42 @@ class Device:
             return torch.cuda.get_device_name(self.torch_device)
         return f"CPU, {torch.get_num_threads()} threads"
 
+    @property
+    def summary(self) -> str:
+        """The choices in one line."""
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        text = f"{self.name}, {dtype} ({self.reason}), {self.compute.mode} ({self.paths.reason})"
+        dequantize = self.paths.families[0]
+        if self.is_cuda and dequantize.reason:
+            text += f"; no Triton kernels ({dequantize.reason})"
+        return text
+
     def peak_vram_bytes(self) -> int | None:
         """Most bytes torch has reserved on the GPU since it was probed; None on a CPU."""
         return torch.cuda.max_memory_reserved(self.torch_device) if self.is_cuda else None
 
 
-def probe(device: str = AUTO, compute_dtype: str = AUTO) -> Device:
-    """Choose device and dtype.
+def probe(
+    device: str = AUTO,
+    compute_dtype: str = AUTO,
+    *,
+    compute: str = AUTO,
+    kernels: str = AUTO,
+    attention: str = "sdpa",
+) -> Device:
+    """Choose device, dtype and kernels.
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:1".
         compute_dtype: "auto" or a key of `COMPUTE_DTYPES`.
+        compute: see `zquant.memory.paths.choose`; likewise `kernels` and `attention`.
+        kernels: see `compute`.
+        attention: see `compute`.
 
     Raises:
-        DeviceError: the device is unknown or absent, or the dtype is unknown.
+        DeviceError: the device is unknown or absent, the dtype is unknown, or Triton is asked for
+            and cannot run.
+        ValueError: another choice is unknown.
     """
     chosen = _torch_device(device)
     if compute_dtype == AUTO:
@@ -75,9 +109,10 @@ def probe(device: str = AUTO, compute_dtype: str = AUTO) -> Device:
         raise DeviceError(
             f"compute dtype {compute_dtype!r} is unknown. Use {', '.join((AUTO, *COMPUTE_DTYPES))}."
         )
+    paths = choose(chosen, dtype, compute=compute, kernels=kernels, attention=attention)
     if chosen.type == "cuda":
         torch.cuda.reset_peak_memory_stats(chosen)
-    return Device(torch_device=chosen, compute_dtype=dtype, reason=reason)
+    return Device(torch_device=chosen, reason=reason, paths=paths)
 
 
 def _torch_device(device: str) -> torch.device:

@@ -23,6 +23,7 @@ from zquant.formats.model_folder import (
     source_metadata,
 )
 from zquant.formats.names import dit_parts, text_encoder_parts, vae_parts
+from zquant.layers.compute import Compute
 from zquant.models.build import check_names, load, on_meta
 from zquant.models.config import DiTConfig, TextEncoderConfig, VAEConfig
 from zquant.models.dit import DiT
@@ -103,16 +104,19 @@ class Checkpoint:
             return ()
         return ("model.norm.", f"model.layers.{self.text_encoder_config.n_layers - 1}.")
 
-    def dit(self, device: torch.device, compute_dtype: torch.dtype) -> DiT:
+    def dit(self, device: torch.device, compute: Compute) -> DiT:
         """The transformer with its weights on `device`."""
         module = on_meta(lambda: DiT(self.dit_config))
-        module.compute_dtype = compute_dtype
-        return load(module, self.parts["dit"], label=str(self.files.dit), device=device)
+        load(module, self.parts["dit"], label=str(self.files.dit), device=device).use(compute)
+        return module
 
-    def text_encoder(self, device: torch.device, compute_dtype: torch.dtype) -> TextEncoder:
-        """The text encoder with its weights on `device`, its embedding table in the file."""
+    def text_encoder(self, device: torch.device, compute: Compute) -> TextEncoder:
+        """The text encoder with its weights on `device`, its embedding table in the file.
+
+        It is always exact: one prompt is too few tokens for int8 to pay.
+        """
         module = on_meta(lambda: TextEncoder(self.text_encoder_config))
-        module.compute_dtype = compute_dtype
+        module.compute_dtype = compute.dtype
         return load(
             module,
             self.parts["text_encoder"],

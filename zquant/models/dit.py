@@ -5,8 +5,8 @@ all layers see both. What depends on the prompt alone (`prepare`) or on the sche
 (`modulate`) is computed once, outside the denoising loop. Attribute names are the checkpoint's.
 
 The residual stream, norms, modulation, embedders and the final layer are float32; only the linears
-of blocks and attention run in `compute_dtype`. Sequences are processed without masks: the pads up
-to a multiple of 32 are real participants in this model.
+of blocks and attention run in `compute.dtype`, or in int8 (`use`). Sequences are processed without
+masks: the pads up to a multiple of 32 are real participants in this model.
 
 Not here: the Omni/Edit inputs and ControlNet.
 
@@ -14,19 +14,19 @@ Source: Z-Image official repository and diffusers `ZImageTransformer2DModel`, as
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zquant.layers.attention import attention
+from zquant.layers.compute import Compute
 from zquant.layers.linear import QuantLinear
 from zquant.layers.norm import RMSNorm
-from zquant.layers.rope import axis_angles, rotate_pairs
-from zquant.layers.swiglu import input_scale, swiglu
+from zquant.layers.rope import axis_angles
 from zquant.models.config import DiTConfig
+from zquant.models.dit_block import Block, Rope
 
 __all__ = ["DiT", "Modulation", "Prompt", "Rope", "patchify", "unpatchify"]
 
@@ -34,7 +34,6 @@ SEQUENCE_MULTIPLE = 32
 FINAL_NORM_EPS = 1e-6
 TIME_FEATURES = 256
 
-Rope = tuple[Tensor, Tensor]  # cos, sin: float32 [L, head_dim / 2]
 Observer = Callable[[str, Tensor], None]  # called with a block's name and its output
 
 
@@ -61,78 +60,6 @@ class Prompt:
     tokens: Tensor
     image_rope: Rope
     rope: Rope
-
-
-class Attention(nn.Module):
-    """Full self-attention with RMSNorm and rotation on q and k."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.n_heads = config.n_heads
-        self.to_q, self.to_k, self.to_v = (QuantLinear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([QuantLinear(dim, dim)])
-        self.norm_q = RMSNorm(config.head_dim, config.norm_eps)
-        self.norm_k = RMSNorm(config.head_dim, config.norm_eps)
-
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        """`[B, L, dim]` to `[B, L, dim]`; the result keeps the input's scale."""
-        scale = input_scale(x.dtype)
-        heads = (self.n_heads, -1)
-        q = rotate_pairs(self.norm_q(self.to_q(x).unflatten(-1, heads), scale=scale), *rope)
-        k = rotate_pairs(self.norm_k(self.to_k(x).unflatten(-1, heads), scale=scale), *rope)
-        out: Tensor = self.to_out[0](attention(q, k, self.to_v(x).unflatten(-1, heads)))
-        return out
-
-
-class FeedForward(nn.Module):
-    """w2( silu(w1 x) * (w3 x) )."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.w1 = QuantLinear(config.dim, config.hidden_dim)
-        self.w2 = QuantLinear(config.hidden_dim, config.dim)
-        self.w3 = QuantLinear(config.dim, config.hidden_dim)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, float]:
-        """`[B, L, dim]` to `[B, L, dim]` and its scale."""
-        return swiglu(x, self.w1, self.w3, self.w2)
-
-
-class Block(nn.Module):
-    """One transformer block: the unit of streaming."""
-
-    def __init__(self, config: DiTConfig, *, modulated: bool) -> None:
-        super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
-        self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2 = (
-            RMSNorm(config.dim, config.norm_eps) for _ in range(4)
-        )
-        if modulated:
-            projection = QuantLinear(config.adaln_dim, 4 * config.dim, bias=True)
-            self.adaLN_modulation = nn.ModuleList([projection])
-
-    def forward(
-        self, x: Tensor, rope: Rope, modulation: Sequence[Tensor] | None, dtype: torch.dtype
-    ) -> Tensor:
-        """One block.
-
-        Args:
-            x: float32 `[B, L, dim]`, the residual stream; not modified.
-            rope: tables of `L` tokens.
-            modulation: four float32 `[dim]` vectors, or None for the context refiner.
-            dtype: of the linears and the attention.
-        """
-        scale = input_scale(dtype)
-        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation or (1.0, 1.0, 1.0, 1.0)
-        h = (self.attention_norm1(x) * (scale_msa * scale)).to(dtype)
-        h = self.attention_norm2(self.attention(h, rope), scale=scale)
-        x = x + h * gate_msa
-        h = (self.ffn_norm1(x) * (scale_mlp * scale)).to(dtype)
-        h, out_scale = self.feed_forward(h)
-        out: Tensor = x + self.ffn_norm2(h, scale=out_scale) * gate_mlp
-        return out
 
 
 class TimeEmbedder(nn.Module):
@@ -182,7 +109,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.compute_dtype = torch.float32
+        self.compute = Compute(dtype=torch.float32)
         dim, patch = config.dim, f"{config.patch_size}-1"
         features = config.in_channels * config.patch_size**2
         self.all_x_embedder = nn.ModuleDict({patch: QuantLinear(features, dim, bias=True)})
@@ -197,6 +124,19 @@ class DiT(nn.Module):
         self.context_refiner = _blocks(config, config.n_refiner_layers, modulated=False)
         self.layers = _blocks(config, config.n_layers, modulated=True)
 
+    def use(self, compute: Compute) -> None:
+        """Compute so from now on; int8 reads all weights once, for the scales of their rows."""
+        self.compute = compute
+        for name, block in self.blocks():
+            block.use(compute, name)
+
+    def blocks(self) -> Iterator[tuple[str, Block]]:
+        """Every block with its name in the checkpoint, in the order they run."""
+        for stack in ("context_refiner", "noise_refiner", "layers"):
+            for i, block in enumerate(getattr(self, stack)):
+                assert isinstance(block, Block)
+                yield f"{stack}.{i}", block
+
     def modulate(self, taus: Tensor) -> list[Modulation]:
         """Modulation of every step of a schedule.
 
@@ -205,7 +145,9 @@ class DiT(nn.Module):
         """
         c = self.t_embedder(taus * self.config.t_scale)  # [S, adaln_dim]
         blocks: dict[str, Tensor] = {}
-        for name, block in self._modulated():
+        for name, block in self.blocks():
+            if name.startswith("context_refiner"):
+                continue
             m = block.adaLN_modulation[0](c).unflatten(-1, (4, -1))  # [S, 4, dim]
             m[:, 0::2] += 1
             m[:, 1::2].tanh_()
@@ -230,7 +172,7 @@ class DiT(nn.Module):
         x = _pad(x[None], self.cap_pad_token)
         rope, image_rope, caption_rope = self.ropes(x.shape[1], height, width, x.device)
         for block in self.context_refiner:
-            x = block(x, caption_rope, None, self.compute_dtype)
+            x = block(x, caption_rope, None, self.compute)
         return Prompt(tokens=x, image_rope=image_rope, rope=rope)
 
     def ropes(
@@ -289,7 +231,7 @@ class DiT(nn.Module):
         """All blocks of one stack, in order."""
         for i, block in enumerate(getattr(self, stack)):
             name = f"{stack}.{i}"
-            x = block(x, rope, modulation.blocks[name].unbind(), self.compute_dtype)
+            x = block(x, rope, modulation.blocks[name].unbind(), self.compute)
             if observe is not None:
                 observe(name, x)
         return x
@@ -299,13 +241,6 @@ class DiT(nn.Module):
         layer = self.all_final_layer[self._final_layer_name]
         assert isinstance(layer, FinalLayer)
         return layer
-
-    def _modulated(self) -> Iterator[tuple[str, Block]]:
-        """Names and blocks that the timestep modulates."""
-        for stack, blocks in (("noise_refiner", self.noise_refiner), ("layers", self.layers)):
-            for i, block in enumerate(blocks):
-                assert isinstance(block, Block)
-                yield f"{stack}.{i}", block
 
 
 def _blocks(config: DiTConfig, n: int, *, modulated: bool) -> nn.ModuleList:

@@ -12,6 +12,7 @@ Source: diffusers `AutoencoderKL`, as facts.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from zquant_kernels.groupnorm_silu import groupnorm_silu
 
 from zquant.models.config import VAEConfig
 
@@ -22,6 +23,13 @@ NORM_EPS = 1e-6
 
 def _conv(c_in: int, c_out: int, size: int = 3) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, size, padding=size // 2)
+
+
+def _norm_silu(norm: nn.GroupNorm, x: Tensor, *, reuse: bool = False) -> Tensor:
+    """silu(norm(x)) in one pass, in the memory of `x` where nobody else reads it."""
+    x = x.contiguous()
+    out = x if reuse and not x.requires_grad else None  # gradients read it
+    return groupnorm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, out=out)
 
 
 class ResnetBlock(nn.Module):
@@ -39,8 +47,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, c_in, H, W]` to `[B, c_out, H, W]`."""
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        h = self.conv1(_norm_silu(self.norm1, x))
+        h = self.conv2(_norm_silu(self.norm2, h, reuse=True))
         out: Tensor = h.add_(x if self.same else self.conv_shortcut(x))
         return out
 
@@ -137,7 +145,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for level in self.up_blocks:
             x = level(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+        out: Tensor = self.conv_out(_norm_silu(self.conv_norm_out, x, reuse=True))
         return out
 
 
@@ -166,7 +174,7 @@ class Encoder(nn.Module):
         for level in self.down_blocks:
             x = level(x)
         x = self.mid_block(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+        out: Tensor = self.conv_out(_norm_silu(self.conv_norm_out, x, reuse=True))
         return out
 
 

@@ -13,6 +13,8 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 import torch
+from zquant_kernels import dequantize as kernels
+from zquant_kernels.runtime import why_not
 
 from zquant.quant import floats, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
 from zquant.quant.qtypes import QType
@@ -92,6 +94,10 @@ def dequantize(
         raise ValueError(
             f"out must be contiguous {dtype} {list(shape)}; got {out.dtype} {list(out.shape)}"
         )
+    if packed.is_cuda and not why_not(packed.device) and qtype.name in kernels.QTYPES:
+        data = packed.view(torch.uint8).contiguous()
+        decoded: torch.Tensor = kernels.dequantize(data, qtype.name, dtype, out)
+        return decoded
     chunk = DECODE_CHUNK_CPU if packed.device.type == "cpu" else DECODE_CHUNK
     step = max(1, chunk // max(1, shape[1]))
     scratch = None

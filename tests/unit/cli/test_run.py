@@ -60,7 +60,8 @@ def test_a_picture_on_disk_its_name_on_stdout_the_rest_on_stderr(run: Run, tmp_p
     code, out, err = run("a fox", "--seed", "7", "--out", "fox.png")
     assert code == 0
     assert out == "fox.png  seed 7\n"
-    assert re.search(r"^CPU, \d+ threads?, float32 \(as asked\)$", err, re.MULTILINE)
+    line = r"^CPU, \d+ threads?, float32 \(as asked\), exact \(int8 pays on GPUs only"
+    assert re.search(line, err, re.MULTILINE)
     assert "2 steps of" in err
     with Image.open(tmp_path / "fox.png") as image:
         assert image.size == (32, 32)

@@ -7,7 +7,7 @@ import torch
 
 from zquant.errors import DeviceError
 from zquant.memory import device as subject
-from zquant.memory.device import Device, peak_host_bytes, probe
+from zquant.memory.device import peak_host_bytes, probe
 
 Gpus = Callable[..., None]
 
@@ -105,13 +105,9 @@ def test_a_dtype_that_is_asked_for_is_taken(dtype: str) -> None:
 
 
 def test_float16_does_not_reach_the_autoencoder() -> None:
-    def vae_dtype(dtype: torch.dtype) -> torch.dtype:
-        cpu = torch.device("cpu")
-        return Device(torch_device=cpu, compute_dtype=dtype, reason="").vae_dtype
-
-    assert vae_dtype(torch.float16) == torch.float32
-    assert vae_dtype(torch.bfloat16) == torch.bfloat16
-    assert vae_dtype(torch.float32) == torch.float32
+    assert probe("cpu", "float16").vae_dtype == torch.float32
+    assert probe("cpu", "bfloat16").vae_dtype == torch.bfloat16
+    assert probe("cpu", "float32").vae_dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ import zquant
 from zquant.errors import CheckpointError, FormatError
 from zquant.formats.detect import open_source
 from zquant.formats.model_folder import VARIANTS, find_model
+from zquant.layers.compute import Compute
 from zquant.models.checkpoint import Checkpoint, model_files
 
+FLOAT32 = Compute(dtype=torch.float32)
 DIT = "transformer"
 
 
@@ -70,12 +72,12 @@ def test_the_toy_opens(toy_folder: Path) -> None:
 
 def test_loaded_weights_are_the_mapped_file(toy_folder: Path) -> None:
     checkpoint = Checkpoint(find_model(toy_folder))
-    dit = checkpoint.dit(torch.device("cpu"), torch.float32)
+    dit = checkpoint.dit(torch.device("cpu"), FLOAT32)
     stored = checkpoint.parts["dit"]["layers.1.feed_forward.w2.weight"].raw()
     weight = dit.get_parameter("layers.1.feed_forward.w2.weight")
     assert weight.dtype == torch.uint8
     assert weight.data_ptr() == stored.ctypes.data
-    encoder = checkpoint.text_encoder(torch.device("cpu"), torch.float32)
+    encoder = checkpoint.text_encoder(torch.device("cpu"), FLOAT32)
     table = checkpoint.parts["text_encoder"]["model.embed_tokens.weight"].raw()
     assert encoder.get_parameter("model.embed_tokens.weight").data_ptr() == table.ctypes.data
     checkpoint.close()
@@ -84,7 +86,7 @@ def test_loaded_weights_are_the_mapped_file(toy_folder: Path) -> None:
 def test_the_last_layer_of_the_text_encoder_is_not_built(toy_folder: Path) -> None:
     checkpoint = Checkpoint(find_model(toy_folder))
     assert checkpoint.text_encoder_config.n_layers == 3
-    assert len(checkpoint.text_encoder(torch.device("cpu"), torch.float32).model.layers) == 2
+    assert len(checkpoint.text_encoder(torch.device("cpu"), FLOAT32).model.layers) == 2
     checkpoint.close()
 
 

@@ -14,6 +14,7 @@ import torch
 from checkpoint_layout import CONFIGS, SHAPES
 from torch import Tensor, nn
 
+from zquant.layers.compute import Compute
 from zquant.models.build import load, on_meta
 from zquant.models.config import DiTConfig, TextEncoderConfig
 from zquant.models.dit import DiT
@@ -120,7 +121,7 @@ TEXT_GAINS = {"gate_proj.": 150, "up_proj.": 150, "down_proj.": 4, "v_proj.": 40
 
 
 def run_dit(dit: DiT, dtype: torch.dtype) -> Tensor:
-    dit.compute_dtype = dtype
+    dit.use(Compute(dtype=dtype))
     return dit(noise(1, 16, 6, 10, seed=1), 0.3, noise(11, 16, seed=2))
 
 
@@ -139,7 +140,7 @@ def test_dit_past_the_largest_float16(dtype: torch.dtype) -> None:
 def test_the_same_network_without_scaling_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this the tests above would prove nothing."""
     from zquant.layers import swiglu
-    from zquant.models import dit as subject
+    from zquant.models import dit_block as subject
 
     monkeypatch.setattr(swiglu, "INPUT_SCALE", 1.0)
     monkeypatch.setattr(swiglu, "PRODUCT_SCALE", 1.0)

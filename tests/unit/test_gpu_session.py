@@ -1,0 +1,259 @@
+"""The session on a GPU: stages that end well or badly, are not repeated, and can be rehearsed."""
+
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gpu_session
+import pytest
+from gpu_session import Failed, Run, Skipped
+
+Stages = dict[str, Callable[[Run], Any]]
+
+
+def session(out: Path, *words: str) -> int:
+    return gpu_session.main([*words, "--out", str(out), "--rehearse"])
+
+
+def documents(out: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in out.glob("*.json")}
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    """A session of our own stages; `ran` lists what ran."""
+    listed: Stages = {}
+    monkeypatch.setattr(gpu_session, "STAGES", listed)
+    return listed
+
+
+def test_a_rehearsal_runs_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert session(tmp_path) == 0, capsys.readouterr().err
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = documents(tmp_path)
+    assert set(found) == set(gpu_session.STAGES)
+    assert {name for name, d in found.items() if d["status"] != "done"} == {"sanitizer"}
+    assert found["sanitizer"]["status"] == "skipped"
+    assert "rehearsal" in found["sanitizer"]["reason"]
+    assert found["environment"]["result"]["doctor"]["kind"] == "doctor"
+    assert found["tests"]["result"]["passed"] > 0
+    benchmark = found["kernels"]["result"]
+    assert benchmark["wrong"] == []
+    timed = {row["kernel"]: row["ratios"] for row in benchmark["rows"]}
+    assert {"dequantize", "quantize", "fused_norm", "matmul_int8", "block"} < set(timed)
+    assert set(timed["block"]) == {"eager bf16"}
+    assert all(d["command"] and d["rehearsed"] for d in found.values())
+    # of the processor: how long it takes says more about a busy machine
+    assert end.ru_utime - start.ru_utime < 60
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == list(gpu_session.STAGES)
+    assert list(tmp_path.glob("*.part")) == []
+
+
+def test_what_is_done_is_not_run_again_unless_asked(tmp_path: Path, stages: Stages) -> None:
+    ran: list[str] = []
+    stages.update(a=lambda _: ran.append("a"), b=lambda _: ran.append("b"))
+    assert session(tmp_path, "a") == session(tmp_path) == session(tmp_path) == 0
+    assert ran == ["a", "b"]
+    assert session(tmp_path, "b", "--again") == 0
+    assert ran == ["a", "b", "b"]
+
+
+def test_a_rehearsal_is_not_the_real_thing(
+    tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[bool] = []
+    stages["a"] = lambda run: ran.append(run.rehearse)
+    assert session(tmp_path) == 0
+    monkeypatch.setattr(gpu_session, "no_gpu", lambda: "")
+    assert gpu_session.main(["--out", str(tmp_path)]) == 0
+    assert ran == [True, False]
+
+
+def fail(run: Run) -> None:
+    raise Failed("two of them are wrong", {"wrong": 2})
+
+
+def test_a_failing_stage_is_named_and_the_others_still_run(
+    tmp_path: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages.update(bad=fail, good=lambda _: {"fine": True})
+    assert session(tmp_path) == 1
+    found = documents(tmp_path)
+    assert (found["bad"]["status"], found["bad"]["result"]) == ("failed", {"wrong": 2})
+    assert (found["good"]["status"], found["good"]["result"]) == ("done", {"fine": True})
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith("bad: failed in ")
+    assert line.endswith(": two of them are wrong")
+    stages["bad"] = lambda _: None
+    assert session(tmp_path) == 0  # what failed is run again
+
+
+def test_a_stage_that_is_broken_itself_costs_no_other_stage(tmp_path: Path, stages: Stages) -> None:
+    stages.update(broken=lambda _: 1 // 0, good=lambda _: None)
+    with pytest.raises(ZeroDivisionError):
+        session(tmp_path)
+    found = documents(tmp_path)
+    assert {name: d["status"] for name, d in found.items()} == {"broken": "failed", "good": "done"}
+    assert "ZeroDivisionError" in found["broken"]["result"]["traceback"][-1]
+
+
+def test_a_skipped_stage_says_why_and_is_no_failure(tmp_path: Path, stages: Stages) -> None:
+    def skip(run: Run) -> None:
+        raise Skipped("no tool")
+
+    stages["a"] = skip
+    assert session(tmp_path) == 0
+    assert documents(tmp_path)["a"]["reason"] == "no tool"
+
+
+def test_a_command_that_hangs_is_stopped_with_its_children(
+    tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import subprocess, sys; print('before', flush=True); subprocess.run(['sleep', '60'])"
+
+    def hang(run: Run) -> None:
+        done = run.python("-c", code)  # ends only when the child, who has its stdout, does
+        raise Failed(done.trouble, done.stdout)
+
+    monkeypatch.setattr(gpu_session, "LIMIT_S", 1.0)
+    stages["slow"] = hang
+    assert session(tmp_path) == 1
+    document = documents(tmp_path)["slow"]
+    assert document["reason"].startswith("stopped at the limit")
+    assert document["result"] == "before\n"
+    assert document["seconds"] < 20
+
+
+def test_a_missing_module_is_named(tmp_path: Path, stages: Stages) -> None:
+    def stage(run: Run) -> None:
+        raise Failed(run.python("-c", "import surely_not_there").trouble)
+
+    stages["a"] = stage
+    assert session(tmp_path) == 1
+    assert "No module named 'surely_not_there'" in documents(tmp_path)["a"]["reason"]
+
+
+def test_the_environment_names_missing_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(gpu_session, "MODULES", ("torch", "surely-not-there"))
+    monkeypatch.setattr(Run, "__call__", lambda *_, **__: gpu_session.Done(0, "{}", ""))
+    run = Run(rehearse=True, log=tmp_path / "log", end=0)
+    with pytest.raises(Failed, match="modules are missing: surely-not-there"):
+        gpu_session.environment(run)
+
+
+TESTS = """
+import os, pytest
+def test_right(): pass
+@pytest.mark.gpu
+def test_marked(): pass
+def test_wrong(): assert 1 == 2, "one is not two"
+@pytest.mark.skip(reason="not here")
+def test_skipped(): pass
+def test_crash(): os.abort() if {crash} else None
+"""
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_tests_are_counted_and_failures_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: bool
+) -> None:
+    folder = tmp_path / "tests/kernels"
+    folder.mkdir(parents=True)
+    (folder / "test_a.py").write_text(TESTS.replace("{crash}", str(crash)))
+    (folder / "test_b.py").write_text("def test_right(): pass\n")
+    settings = '[pytest]\naddopts = --import-mode=importlib -m "not gpu"\nmarkers = gpu\n'
+    (tmp_path / "pytest.ini").write_text(settings)
+    monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
+    run = Run(rehearse=False, log=tmp_path / "log", end=time.monotonic() + 60)
+    with pytest.raises(Failed) as failed:
+        gpu_session.tests(run)
+    found = failed.value.result
+    assert isinstance(found, dict)
+    a, b = found["files"]
+    assert (b["name"], b["passed"], b["failures"]) == ("tests/kernels/test_b.py", 1, [])
+    (failure,) = a["failures"]
+    if crash:  # no report, but the other file is not lost
+        assert failure["name"] == "tests/kernels/test_a.py"
+        assert failure["lines"][0] == "exit code -6: Fatal Python error: Aborted"
+        assert "in test_crash" in " ".join(failure["lines"])
+        assert (found["passed"], found["failed"]) == (1, 1)
+    else:
+        assert failure["name"].endswith("test_a::test_wrong")
+        assert "one is not two" in " ".join(failure["lines"])
+        assert (found["passed"], found["failed"], found["skipped"]) == (4, 1, 1)
+        assert a["skipped"] == {"not here": 1}
+
+
+SANITIZER = """#!/bin/sh
+[ "$1" = --help ] && {{ echo "  --kernel-name-exclude arg"; exit 0; }}
+echo "$@" >>"{log}"
+echo "========= COMPUTE-SANITIZER"
+echo "========= {line}"
+exit {code}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "reason"),
+    [
+        ("ERROR SUMMARY: 0 errors", 0, ""),
+        ("ERROR SUMMARY: 3 errors", 97, "memcheck: ========= ERROR SUMMARY: 3 errors"),
+        ("ERROR SUMMARY: 0 errors", 5, "memcheck: exit code 5"),
+        ("Error: Device not supported", 1, "refuses this device"),
+    ],
+)
+def test_the_sanitizer_judges_by_its_own_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: int, reason: str
+) -> None:
+    log = tmp_path / "calls"
+    tool = tmp_path / "bin" / gpu_session.SANITIZER
+    tool.parent.mkdir()
+    tool.write_text(SANITIZER.format(log=log, line=line, code=code))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/nothing:/usr/bin:/bin")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    run = Run(rehearse=False, log=tmp_path / "log", end=time.monotonic() + 60)
+    if reason:
+        kind = Skipped if "refuses" in reason else Failed
+        with pytest.raises(kind, match=reason):
+            gpu_session.sanitizer(run)
+        return
+    found = gpu_session.sanitizer(run)
+    assert [found[name]["summary"] for name in ("memcheck", "racecheck")] == [
+        ["========= ERROR SUMMARY: 0 errors"]
+    ] * 2
+    assert all(
+        "--kernel-name-exclude kns=_Z" in call and call.endswith("benchmarks/kernels.py --check")
+        for call in log.read_text().splitlines()
+    )
+
+
+def test_without_a_gpu_it_ends_with_2_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_session.main(["--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sees no GPU" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_usage_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in ((["nothing", "--out", "x"], "'nothing' is unknown"), ([], "--out DIR")):
+        with pytest.raises(SystemExit) as end:
+            gpu_session.main(words)
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_list_names_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_session.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(gpu_session.STAGES)
