@@ -66,7 +66,7 @@ def main() -> int:
     reference: list[Painted] = []
     # first what the others are compared with, even where nobody asked for its row
     for qtype in (REFERENCE, *(q for q in args.qtypes if q != REFERENCE)):
-        folder = _convert(args.checkpoint, args.work / qtype, qtype)
+        folder = convert(args.checkpoint, args.work / qtype, qtype)
         painted, judged = _paint(folder, cases, args)
         reference = reference or painted
         errors = {} if qtype == REFERENCE else compare(painted, reference)
@@ -103,7 +103,7 @@ def psnr_db(a: Image.Image, b: Image.Image) -> float:
     return 10 * math.log10(255**2 / max(mean_square, ROUNDING))
 
 
-def _convert(checkpoint: Path, folder: Path, qtype: str) -> Path:
+def convert(checkpoint: Path, folder: Path, qtype: str) -> Path:
     """The converted folder; its plan goes nowhere, its errors to stderr."""
     print(f"{qtype}: converting", file=sys.stderr)
     command = [sys.executable, "-m", "zquant", "convert", str(checkpoint), str(folder)]
