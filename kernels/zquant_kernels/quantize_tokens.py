@@ -34,7 +34,7 @@ __all__ = [
 
 TINY = 1e-30  # instead of the maximum of a row of zeros: its reciprocal is finite
 MAX_K = 16384  # a program keeps a row of this length in registers
-MAX_GROUP = 256  # `hadamard.rotate` has eight stages
+MIN_GROUP, MAX_GROUP = 16, 256  # what `hadamard.rotate` can do
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COMPILE_CASES: list[CompileCase] = []
 
@@ -112,8 +112,8 @@ def quantize_tokens(x: torch.Tensor, *, group: int = 0) -> tuple[torch.Tensor, t
 
     Args:
         x: bfloat16, float16 or float32 `[M, K]`, rows contiguous, finite, K at most 16384.
-        group: rotate every group of so many columns first; a power of two up to 256 that divides
-            K, or 0 for none.
+        group: rotate every group of so many columns first; a power of two from 16 to 256 that
+            divides K, or 0 for none.
 
     Returns:
         `(q, scale)`: int8 `[M, K]` and float32 `[M]`; `q * scale` is about `x`, rotated. Where
@@ -144,8 +144,8 @@ def quantize_tokens(x: torch.Tensor, *, group: int = 0) -> tuple[torch.Tensor, t
 
 def check_group(who: str, k: int, group: int) -> None:
     """Raise ValueError unless rows of `k` can be rotated by `group`."""
-    if group and (group < 0 or group > MAX_GROUP or group & (group - 1) or k % group):
+    if group and (not MIN_GROUP <= group <= MAX_GROUP or group & (group - 1) or k % group):
         raise ValueError(
-            f"{who} needs group 0 or a power of two up to {MAX_GROUP} that divides K = {k};"
-            f" got {group}"
+            f"{who} needs group 0 or a power of two from {MIN_GROUP} to {MAX_GROUP} that divides"
+            f" K = {k}; got {group}"
         )

@@ -16,7 +16,7 @@ SHAPES = [  # M, K, group
     (33, 192, 64),
     (5, 384, 128),
     (3, 768, 256),
-    (2, 6, 2),
+    (2, 48, 16),
 ]
 
 
@@ -119,8 +119,8 @@ def test_no_rows_give_no_rows():
         (torch.zeros(2, 4, dtype=torch.float64), 0, "got torch.float64"),
         (torch.zeros(4, 2).T, 0, r"contiguous rows.*strides \(1, 2\)"),
         (torch.zeros(2, 100), 64, "divides K = 100; got 64"),
-        (torch.zeros(2, 96), 3, "power of two up to 256.*got 3"),
-        (torch.zeros(2, 512), 512, "power of two up to 256.*got 512"),
+        (torch.zeros(2, 96), 3, "power of two from 16 to 256.*got 3"),
+        (torch.zeros(2, 512), 512, "power of two from 16 to 256.*got 512"),
         (torch.zeros(2, 64), -64, "got -64"),
         (torch.zeros(1, 16385), 0, "at most 16384; got 16385"),
     ],
