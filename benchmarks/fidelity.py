@@ -131,7 +131,7 @@ def run_block(block: Block, x: Tensor, compute: Compute, only: str | None = None
     angles = torch.zeros(x.shape[1], TRUE_SIZE.dim // TRUE_SIZE.n_heads // 2)
     one = torch.ones(TRUE_SIZE.dim)
     with torch.inference_mode():
-        return block(x, (angles.cos(), angles.sin()), (one,) * 4, compute)
+        return block(x.clone(), (angles.cos(), angles.sin()), (one,) * 4, compute)
 
 
 def demo(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 # set before torch is imported: on a shared machine the barriers of tiny operations cost 20 times
 # what their arithmetic does, because a thread that waits for a busy core makes all others wait
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["ZQUANT_CACHE"] = "off"  # tests leave nothing in the home folder
 
 
 @pytest.fixture(scope="session")

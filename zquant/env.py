@@ -6,7 +6,7 @@ The README table lists the same rows; a test compares them.
 import os
 from dataclasses import dataclass
 
-__all__ = ["DEBUG", "VARIABLES", "Variable"]
+__all__ = ["CACHE", "DEBUG", "VARIABLES", "Variable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,5 +29,10 @@ class Variable:
 
 
 DEBUG = Variable("ZQUANT_DEBUG", "0", "`1` shows the traceback of an error, like `--debug`")
+CACHE = Variable(
+    "ZQUANT_CACHE",
+    "~/.cache/zquant",
+    "folder of prompt embeddings, 256 MiB at most; `off` for none",
+)
 
-VARIABLES = (DEBUG,)
+VARIABLES = (CACHE, DEBUG)

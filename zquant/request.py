@@ -149,6 +149,7 @@ class RunResult:
         timings: seconds per phase; `steps` lists every step of every picture.
         peak_host_bytes: most memory of the process so far, mapped pages included.
         peak_vram_bytes: most bytes torch reserved on the GPU; None on a CPU.
+        memory: what was planned and what came of it, JSON values.
         notices: what the user should know, such as a prompt that was cut.
     """
 
@@ -160,6 +161,7 @@ class RunResult:
     timings: dict[str, Any]
     peak_host_bytes: int | None
     peak_vram_bytes: int | None
+    memory: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
 

@@ -65,6 +65,8 @@ def denoise(
     latents: Tensor,
     schedule: Tensor,
     after_step: Callable[[int, Tensor], None] = lambda *_: None,
+    *,
+    first: int = 0,
 ) -> Tensor:
     """Euler steps along `schedule`.
 
@@ -73,11 +75,12 @@ def denoise(
         latents: float32 `[B, C, H, W]` noise; not modified.
         schedule: float32 `[steps + 1]`.
         after_step: called with the step's index and its result.
+        first: step to begin with; `latents` are the result of the one before.
 
     Returns:
         float32 `[B, C, H, W]`.
     """
-    for step in range(len(schedule) - 1):
+    for step in range(first, len(schedule) - 1):
         delta = (schedule[step + 1] - schedule[step]).item()
         latents = latents + delta * velocity(latents, step)
         after_step(step, latents)

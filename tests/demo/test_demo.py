@@ -126,23 +126,25 @@ def test_another_seed_moves_the_shapes_and_keeps_the_scene(engine: Engine) -> No
 def reversed_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     denoise = sampling.denoise
 
-    def wrong(velocity: Callable[[Tensor, int], Tensor], *rest: object) -> Tensor:
-        return denoise(lambda x, step: -velocity(x, step), *rest)  # type: ignore[arg-type]
+    def wrong(
+        velocity: Callable[[Tensor, int], Tensor], *rest: object, **options: object
+    ) -> Tensor:
+        return denoise(lambda x, step: -velocity(x, step), *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sampling, "denoise", wrong)
 
 
 def swapped_qkv(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = Attention.forward
+    project = Attention.project
 
     def wrong(self: Attention, *rest: object) -> Tensor:
         self.to_q, self.to_v = self.to_v, self.to_q
         try:
-            return forward(self, *rest)  # type: ignore[arg-type]
+            return project(self, *rest)  # type: ignore[arg-type]
         finally:
             self.to_q, self.to_v = self.to_v, self.to_q
 
-    monkeypatch.setattr(Attention, "forward", wrong)
+    monkeypatch.setattr(Attention, "project", wrong)
 
 
 def shifted_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,32 +3,20 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import zquant
+from tests.unit.engine_testing import count_calls, paint, phases_of
 from zquant import sampling
 from zquant.errors import CheckpointError, DeviceError, ZQuantError
-
-SMALL: dict[str, Any] = {"width": 32, "height": 48, "steps": 2, "seed": 5, "keep_latents": True}
-
-
-def request(prompt: str = "a red fox", **fields: Any) -> zquant.RunRequest:
-    return zquant.RunRequest(prompt=prompt, **(SMALL | fields))
-
-
-def paint(engine: zquant.Engine, prompt: str = "a red fox", **fields: Any) -> zquant.RunResult:
-    return engine.generate(request(prompt, **fields))
-
-
-def phases_of(engine: zquant.Engine, **fields: Any) -> list[str]:
-    seen: list[str] = []
-    engine.generate(request(**fields), lambda phase, *_: seen.append(phase))
-    return list(dict.fromkeys(seen))
+from zquant.formats.names import Part
 
 
 @pytest.fixture
@@ -44,9 +32,8 @@ def tokenizer(toy_engine: zquant.Engine, monkeypatch: pytest.MonkeyPatch) -> Non
     """Reading the vocabulary takes a second; once is enough."""
     from zquant.models.checkpoint import Checkpoint
 
-    if toy_engine._tokenizer is None:
-        toy_engine._tokenizer = toy_engine.checkpoint.tokenizer()
-    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _: toy_engine._tokenizer)
+    tokenizer = toy_engine.prompts.tokenizer
+    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _: tokenizer)
 
 
 def test_a_result_has_what_it_says(toy_engine: zquant.Engine) -> None:
@@ -130,7 +117,7 @@ def test_the_negative_prompt_is_encoded_only_when_guidance_is_on(engine: zquant.
 def test_only_so_many_prompts_are_kept(engine: zquant.Engine) -> None:
     for i in range(10):
         paint(engine, f"fox {i}", width=16, height=16, steps=1)
-    assert len(engine._embeds) == 8
+    assert len(engine.prompts.known(f"fox {i}" for i in range(10))) == 8
     assert phases_of(engine, prompt="fox 9")[0] == "denoise"
     assert phases_of(engine, prompt="fox 0")[0] == "text encoder"
 
@@ -145,21 +132,6 @@ def test_no_request_depends_on_earlier_ones(
     again = paint(toy_engine, guidance_scale=2.0)
     assert torch.equal(again.latents, wanted.latents)
     assert again.images[0].tobytes() == wanted.images[0].tobytes()
-
-
-def count_calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
-    from zquant.models.dit import DiT
-
-    calls = dict.fromkeys(names, 0)
-    for name in names:
-        real = getattr(DiT, name)
-
-        def counted(*args: Any, name: str = name, real: Any = real) -> Any:
-            calls[name] += 1
-            return real(*args)
-
-        monkeypatch.setattr(DiT, name, counted)
-    return calls
 
 
 def test_the_schedule_is_modulated_once_and_each_prompt_refined_once(
@@ -248,58 +220,102 @@ BAD_WEIGHTS = {
     "layers.1.feed_forward.w2.weight": "step 1 of 2: block 'layers.1' gave values that are not fin",
     "noise_refiner.0.attention.to_v.weight": "step 1 of 2: block 'noise_refiner.0' gave values",
     "all_final_layer.2-1.linear.weight": "step 1 of 2: the final layer gave values",
-    "context_refiner.0.feed_forward.w1.weight": "step 1 of 2: the context refiner gave values",
+    "context_refiner.0.feed_forward.w1.weight": "the context refiner gave values",
 }
 
 
-def damage(
-    engine: zquant.Engine, monkeypatch: pytest.MonkeyPatch, component: str, name: str, value: float
-) -> None:
-    """One weight of every network of the kind that `engine` loads is `value`."""
-    real = getattr(engine.checkpoint, component)
+@dataclass(frozen=True, slots=True)
+class DamagedPart(Part):
+    """A part, stored as BF16, whose first weight is `value`."""
 
-    def damaged(*args: Any) -> Any:
-        network = real(*args)
-        weight = network.get_parameter(name)
-        if weight.dtype == torch.uint8:  # stored as BF16; the copy keeps the file's pages clean
-            copy = weight.clone()
-            copy.view(torch.bfloat16)[0, 0] = value
-            weight.data = copy
-        else:
-            weight.view(-1)[0] = value
-        return network
+    value: float = 0.0
 
-    monkeypatch.setattr(engine.checkpoint, component, damaged)
+    def raw(self) -> Any:
+        stored = super(DamagedPart, self).raw().copy()
+        stored[:2].view(np.uint16)[:] = torch.tensor(self.value).bfloat16().view(torch.uint16)
+        return stored
+
+    def read_into(self, start: int, out: Any) -> None:
+        out[:] = self.raw()[start : start + len(out)]
+
+
+def damage(engine: zquant.Engine, component: str, name: str, value: float) -> None:
+    """The first weight of a tensor is `value` from now on."""
+    parts = engine.checkpoint.parts[component]
+    assert parts[name].qtype.name == "BF16"
+    parts[name] = DamagedPart(parts[name].info, parts[name].rows, parts[name].shape, value)
 
 
 @pytest.mark.parametrize(("name", "message"), BAD_WEIGHTS.items(), ids=BAD_WEIGHTS)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
 def test_a_velocity_that_is_not_finite_names_block_and_step(
-    engine: zquant.Engine, monkeypatch: pytest.MonkeyPatch, name: str, message: str, value: float
+    engine: zquant.Engine, name: str, message: str, value: float
 ) -> None:
-    damage(engine, monkeypatch, "dit", name, value)
+    damage(engine, "dit", name, value)
     with pytest.raises(ZQuantError, match=f"{message}.*damaged weight: download or convert"):
         paint(engine)
 
 
-def test_embeddings_and_pictures_that_are_not_finite(
-    engine: zquant.Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    damage(engine, monkeypatch, "vae", "decoder.conv_in.weight", float("nan"))
+def test_embeddings_and_pictures_that_are_not_finite(toy_folder: Path) -> None:
+    engine = zquant.Engine.open(toy_folder, device="cpu", compute_dtype="float32")
+    damage(engine, "vae", "decoder.conv_in.weight", float("nan"))
     with pytest.raises(ZQuantError, match="the VAE gave values that are not finite"):
         paint(engine)
-    weight = "model.layers.1.mlp.down_proj.weight"
-    damage(engine, monkeypatch, "text_encoder", weight, float("nan"))
+    damage(engine, "text_encoder", "model.layers.1.mlp.down_proj.weight", float("nan"))
     with pytest.raises(ZQuantError, match="the text encoder gave values that are not finite"):
         paint(engine, "a prompt that was not there before")
+    engine.close()
 
 
-def test_numbers_that_half_precision_lost_name_the_remedy(
-    toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+OVERFLOWS = {  # a weight past float16's range, and what is said of it
+    ("dit", "layers.1.attention.to_out.0.weight"): [
+        "block layers.1 attention, step 1, redone in float32",
+        "block layers.1 attention, step 2, redone in float32",
+    ],
+    ("dit", "noise_refiner.0.feed_forward.w2.weight"): [
+        "block noise_refiner.0 ffn, step 1, redone in float32",
+        "block noise_refiner.0 ffn, step 2, redone in float32",
+    ],
+    ("dit", "context_refiner.0.attention.to_out.0.weight"): ["context refiner, redone in float32"],
+    ("text_encoder", "model.layers.1.mlp.down_proj.weight"): ["text encoder, redone in float32"],
+}
+
+
+@pytest.mark.parametrize(("where", "said"), OVERFLOWS.items(), ids=lambda x: str(x)[:60])
+def test_what_overflows_is_redone_in_float32(
+    toy_folder: Path, where: tuple[str, str], said: list[str]
 ) -> None:
+    pictures = []
+    for dtype in ("float16", "float32"):
+        engine = zquant.Engine.open(toy_folder, device="cpu", compute_dtype=dtype)
+        damage(engine, *where, 1e6)
+        pictures.append(paint(engine))
+        engine.close()
+    healed, exact = pictures
+    assert healed.notices == said
+    assert healed.recipes[0]["redone"] == said
+    assert exact.notices == []
+    assert "redone" not in exact.recipes[0]
+    error = (healed.latents - exact.latents).norm() / exact.latents.norm()
+    assert error < 0.01  # as two dtypes differ; without the remedy it is NaN
+
+
+def test_two_blocks_that_overflow_are_both_redone(toy_folder: Path) -> None:
     engine = zquant.Engine.open(toy_folder, device="cpu", compute_dtype="float16")
-    damage(engine, monkeypatch, "dit", "layers.0.attention.to_out.0.weight", float("inf"))
-    message = r"block 'layers.0'.*computed in float16\)\. Use --compute-dtype float32"
+    damage(engine, "dit", "layers.0.attention.to_out.0.weight", 1e6)
+    damage(engine, "dit", "layers.1.feed_forward.w2.weight", 1e6)
+    result = paint(engine, steps=1)
+    assert result.notices == [
+        "block layers.0 attention, step 1, redone in float32",
+        "block layers.1 ffn, step 1, redone in float32",
+    ]
+    engine.close()
+
+
+def test_a_block_that_is_damaged_is_an_error_in_every_dtype(toy_folder: Path) -> None:
+    engine = zquant.Engine.open(toy_folder, device="cpu", compute_dtype="float16")
+    damage(engine, "dit", "layers.0.attention.to_out.0.weight", float("inf"))
+    message = r"block 'layers.0'.*computed in float32\)\. In float32 this means a damaged weight"
     with pytest.raises(ZQuantError, match=message):
         paint(engine)
     engine.close()

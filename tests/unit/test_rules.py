@@ -19,11 +19,13 @@ PACKAGES = (ROOT / "zquant", ROOT / "kernels/zquant_kernels")
 SOURCES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
 
 FLOORS = {
-    "__main__": 11,
-    "cli": 10,
-    **dict.fromkeys(["serve", "bench"], 9),
-    **dict.fromkeys(["engine", "convert", "report"], 8),
-    "velocity": 7,
+    "__main__": 13,
+    "cli": 12,
+    **dict.fromkeys(["serve", "bench"], 11),
+    **dict.fromkeys(["engine", "convert", "report"], 10),
+    "painting": 9,
+    **dict.fromkeys(["phases", "settings"], 8),
+    **dict.fromkeys(["velocity", "prompts"], 7),
     **dict.fromkeys(["sampling", "memory"], 6),
     "models": 5,
     "layers": 4,

@@ -7,31 +7,34 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from zquant.cli.run_request import add_machine_arguments, differences, machine_of, request_of
+from zquant.cli.run_batch import run_batch
+from zquant.cli.run_request import (
+    add_machine_arguments,
+    add_memory_arguments,
+    add_model_arguments,
+    add_picture_arguments,
+    differences,
+    open_engine,
+    request_of,
+)
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="what to paint")
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        metavar="DIR",
-        help="a converted or official folder; demo: the small model inside zquant",
+    many = parser.add_argument_group("many prompts")
+    many.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="a prompt per line, or JSON with settings of its own; - reads them; --out is a folder",
     )
-    for flag in ("--dit", "--text-encoder", "--vae"):
-        model.add_argument(flag, type=Path, metavar="FILE", help="single file, or in its place")
-    model.add_argument("--variant", choices=("turbo", "base"), help="when the files cannot tell")
+    many.add_argument("--resume", action="store_true", help="go on with what was interrupted")
+    add_model_arguments(parser.add_argument_group("model"))
     picture = parser.add_argument_group("picture (defaults: the model's own)")
     picture.add_argument("--out", type=Path, default=Path("zquant.png"), metavar="FILE")
-    picture.add_argument("--size", metavar="NAME", help="a preset, e.g. 1024, 1280x720, 832x1248")
-    picture.add_argument("--width", type=int, help="pixels, a multiple of 16")
-    picture.add_argument("--height", type=int, help="pixels, a multiple of 16")
-    picture.add_argument("--steps", type=int)
+    add_picture_arguments(picture)
     picture.add_argument("--seed", type=int, help="default: drawn, and shown at the end")
-    picture.add_argument("--count", type=int, default=1, help="pictures, with seeds that count up")
-    picture.add_argument("--guidance-scale", type=float, help="diffusers' scale; 0 is off")
     picture.add_argument("--negative-prompt", help="what to avoid, when guidance is on")
     picture.add_argument("--cfg-normalization", type=float, help="limit of the guided norm; 0: off")
     picture.add_argument("--cfg-truncation", type=float, help="no guidance where 1 - sigma exceeds")
@@ -41,27 +44,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     picture.add_argument("--save-latents", type=Path, metavar="FILE", help="final latents as .npy")
     machine = parser.add_argument_group("machine")
     add_machine_arguments(machine)
+    add_memory_arguments(machine)
     machine.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.prompt_file is not None:
+        return run_batch(args)
+    if args.resume:
+        raise ValueError("--resume goes on with a --prompt-file; give it too")
     request, recipe = request_of(args)
     paths = output_paths(args.out, request.count)
     _check_targets(args)
 
-    import zquant
     from zquant.cli.progress import PhaseBar
     from zquant.formats.latents import save_latents
     from zquant.image import save_png
 
-    engine = zquant.Engine.open(
-        args.model,
-        dit=args.dit,
-        text_encoder=args.text_encoder,
-        vae=args.vae,
-        variant=args.variant,
-        **machine_of(args, recipe),
-    )
+    engine = open_engine(args, recipe)
     with closing(engine):
         device = engine.device
         print(device.summary, file=sys.stderr)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         for notice in changed:
             print(f"note: {notice}", file=sys.stderr)
         with closing(PhaseBar()) as bar:
-            result = engine.generate(request, bar)
+            result = engine.generate(request, bar, bar.note)
     for notice in result.notices:
         print(f"note: {notice}", file=sys.stderr)
     result.notices.extend(changed)
@@ -99,7 +99,8 @@ def _check_targets(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace, paths: list[Path], result: Any) -> None:
-    from zquant.units import format_bytes, format_seconds
+    from zquant.memory.plan_report import measured_line
+    from zquant.units import format_seconds
 
     if args.json:
         document = {
@@ -108,6 +109,7 @@ def _report(args: argparse.Namespace, paths: list[Path], result: Any) -> None:
             "timings": result.timings,
             "peak_host_bytes": result.peak_host_bytes,
             "peak_vram_bytes": result.peak_vram_bytes,
+            "memory": result.memory,
             "latents": None if args.save_latents is None else str(args.save_latents),
             "notices": result.notices,
         }
@@ -115,13 +117,13 @@ def _report(args: argparse.Namespace, paths: list[Path], result: Any) -> None:
         return
     for path, recipe in zip(paths, result.recipes, strict=True):
         print(f"{path}  seed {recipe['seed']}")
-    seconds, memory = result.timings, result.peak_host_bytes
+    seconds = result.timings
     steps = sorted(seconds["steps"])
+    step_s = steps[len(steps) // 2]
     print(
         f"text encoder {format_seconds(seconds['text_encoder'])}, "
-        f"{len(steps)} steps of {format_seconds(steps[len(steps) // 2])}, "
-        f"VAE {format_seconds(seconds['vae'])}, total {format_seconds(seconds['total'])}"
-        + (f"; peak RAM {format_bytes(memory)}" if memory else "")
-        + (f", VRAM {format_bytes(result.peak_vram_bytes)}" if result.peak_vram_bytes else ""),
+        f"{len(steps)} steps of {format_seconds(step_s)}, "
+        f"VAE {format_seconds(seconds['vae'])}, total {format_seconds(seconds['total'])}",
         file=sys.stderr,
     )
+    print(measured_line(result.memory, step_s), file=sys.stderr)

@@ -3,12 +3,14 @@
     out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]
 
 `QuantLinear` keeps the packed bytes of any qtype. On the CPU it expands a slab of rows that fits
-the cache, multiplies, and reuses the buffer; elsewhere it expands the whole weight. Tokens that
-come quantized are multiplied by the weight in int8.
+the cache, multiplies, and reuses the buffer; elsewhere it expands the whole weight, in halves when
+that is float32. Tokens that come quantized are multiplied by the weight in int8. Where the bytes
+lie changes no bit of a product: a weight that is stored expanded is multiplied in the same slabs.
 """
 
 import torch
 from torch import Tensor, nn
+from zquant_kernels.dequant_float import CHUNK
 from zquant_kernels.dequant_int8 import dequant_int8, row_scales
 from zquant_kernels.dequantize import QTYPES as INT8_SOURCES
 from zquant_kernels.matmul_int8 import matmul_int8
@@ -18,7 +20,7 @@ from zquant.quant.codec import dequantize
 from zquant.quant.floats import FLOAT_DTYPES
 from zquant.quant.qtypes import QTYPES, QType
 
-__all__ = ["QuantEmbedding", "QuantLinear", "quant_matmul"]
+__all__ = ["QuantEmbedding", "QuantLinear", "quant_matmul", "slab_rows"]
 
 SLAB_WEIGHTS = 2**22  # weights expanded at a time on a CPU: 16 MiB of float32, half of a small L3
 
@@ -37,17 +39,24 @@ def quant_matmul(x: Tensor, packed: Tensor, qtype: QType, out: Tensor | None = N
     """
     n_rows, n_columns = len(packed), x.shape[1]
     out = x.new_empty(len(x), n_rows) if out is None else out
-    if FLOAT_DTYPES.get(qtype.name) == x.dtype:
-        return torch.mm(x, packed.view(x.dtype).t(), out=out)
-    if x.device.type != "cpu":
-        return torch.mm(x, dequantize(packed, qtype, x.dtype).t(), out=out)
-    slab = min(n_rows, max(16, SLAB_WEIGHTS // n_columns))
-    scratch = x.new_empty(slab, n_columns)
+    ready = FLOAT_DTYPES.get(qtype.name) == x.dtype
+    slab = slab_rows(n_rows, n_columns, x.dtype, x.device)
+    scratch = None if ready else x.new_empty(slab, n_columns)
     for start in range(0, n_rows, slab):
-        stop = min(start + slab, n_rows)
-        weight = dequantize(packed[start:stop], qtype, x.dtype, out=scratch[: stop - start])
-        torch.mm(x, weight.t(), out=out[:, start:stop])
+        rows = packed[start : start + slab]
+        if scratch is None:
+            weight = rows.view(x.dtype)
+        else:
+            weight = dequantize(rows, qtype, x.dtype, out=scratch[: len(rows)])
+        torch.mm(x, weight.t(), out=out[:, start : start + slab])
     return out
+
+
+def slab_rows(n_rows: int, n_columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a weight that are expanded at a time; never depends on the memory that is free."""
+    if device.type == "cpu":
+        return min(n_rows, max(16, SLAB_WEIGHTS // n_columns))
+    return -(-n_rows // 2) if dtype == torch.float32 else n_rows
 
 
 class QuantLinear(nn.Module):
@@ -57,8 +66,9 @@ class QuantLinear(nn.Module):
         weight: uint8 `[out_features, row_bytes]`; on the meta device until it is loaded.
         bias: float32 `[out_features]` or None.
         qtype: how `weight` is stored.
-        row_scale: float32 `[out_features]`, the int8 scale of every row; None until `use_int8`.
-        group: of the rotation that `row_scale` was made with.
+        row_scale: float32 `[out_features]`, the int8 scale of every row; None before the first
+            int8 product.
+        group: of the rotation that `row_scale` is made with.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
@@ -78,16 +88,20 @@ class QuantLinear(nn.Module):
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.row_scale = None
 
+    def place(self, packed: Tensor) -> None:
+        """Use `packed`, which holds the bytes of the present weight at another place."""
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
     @property
     def fits_int8(self) -> bool:
         """Whether int8 weights can be made of this storage."""
         source = INT8_SOURCES.get(self.qtype.name)
-        return source is not None and self.in_features % source.qblock == 0
+        return source is not None and self.in_features % max(source.qblock, CHUNK) == 0
 
     def use_int8(self, group: int) -> None:
-        """Prepare for quantized tokens that are rotated by `group`; reads the whole weight once."""
+        """Prepare for quantized tokens that are rotated by `group`."""
         self.group = group
-        self.row_scale = row_scales(self.weight, self.qtype.name, group)
+        self.row_scale = None
 
     def forward(self, x: Tokens, out: Tensor | None = None) -> Tensor:
         """Multiply and add the bias.
@@ -108,8 +122,9 @@ class QuantLinear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _int8(self, x: QuantTokens, out: Tensor | None) -> Tensor:
-        assert self.row_scale is not None
         assert self.group == x.group
+        if self.row_scale is None:  # reads the whole weight once
+            self.row_scale = row_scales(self.weight, self.qtype.name, self.group)
         weight = dequant_int8(self.weight, self.qtype.name, self.row_scale, self.group)
         return matmul_int8(x.q, x.scale, weight, self.row_scale, x.dtype, bias=self.bias, out=out)
 

@@ -19,7 +19,7 @@ from zquant.layers.compute import Tokens, as_tokens
 
 __all__ = ["input_scale", "swiglu"]
 
-Linear = Callable[[Tokens], Tensor]
+Linear = Callable[..., Tensor]  # a `QuantLinear`: tokens, and `out`
 INPUT_SCALE = 2.0**-5
 PRODUCT_SCALE = 2.0**-4
 
@@ -30,7 +30,12 @@ def input_scale(dtype: torch.dtype) -> float:
 
 
 def swiglu(
-    x: Tokens, gate: Linear, up: Linear, down: Linear, group: int | None = None
+    x: Tokens,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    group: int | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """Feed-forward of tokens `x`, already times `input_scale(x.dtype)`.
 
@@ -40,6 +45,7 @@ def swiglu(
         up: see `gate`.
         down: see `gate`.
         group: rotation of the tokens that enter `down` quantized; None leaves them floats.
+        out: `[M, D]` for the result; for `x [M, D]`.
 
     Returns:
         `(out, scale)`: `out [..., D]` in the dtype of `x` is `scale` times the true result.
@@ -56,5 +62,7 @@ def swiglu(
         group=group or 0,
         out=g if group is None and not g.requires_grad else None,
     )
-    out = down(as_tokens(product, scale, group or 0, x.dtype))
+    del g, u  # the largest activations of all
+    tokens = as_tokens(product, scale, group or 0, x.dtype)
+    out = down(tokens) if out is None else down(tokens, out=out)
     return out.view(*shape[:-1], out.shape[-1]), INPUT_SCALE * PRODUCT_SCALE if half else 1.0

@@ -14,7 +14,7 @@ from zquant.errors import DeviceError
 from zquant.layers.compute import Compute
 from zquant.memory.paths import AUTO, Paths, choose
 
-__all__ = ["COMPUTE_DTYPES", "Device", "peak_host_bytes", "probe"]
+__all__ = ["COMPUTE_DTYPES", "Device", "matmul_flops", "peak_host_bytes", "probe"]
 
 COMPUTE_DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -153,6 +153,11 @@ def _auto_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     shown = f"this CPU multiplies bfloat16 at {ratio:.2f} times the float32 rate"
     return (torch.bfloat16 if ratio > CLEARLY_FASTER else torch.float32), shown
+
+
+def matmul_flops(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a product of `dtype` on this CPU."""
+    return 2 * 128 * 1024 * 1024 / _matmul_seconds(dtype)
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:

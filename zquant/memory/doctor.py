@@ -13,6 +13,7 @@ from zquant_kernels import runtime
 
 import zquant
 from zquant.memory.device import Device
+from zquant.memory.machine import ram_total
 from zquant.models.dit_block import EXACT
 from zquant.units import format_bytes
 
@@ -37,7 +38,7 @@ def diagnose(device: Device) -> dict[str, Any]:
 def diagnosis_text(document: Mapping[str, Any]) -> str:
     """What `diagnose` gave, as aligned text for a terminal."""
     machine = document["machine"]
-    ram = format_bytes(machine["ram_bytes"]) if machine["ram_bytes"] else "unknown"
+    ram = format_bytes(machine["ram_bytes"])
     triton = " ".join(filter(None, [machine["triton"] or "", machine["triton_reason"]]))
     pairs = {
         "system": f"{machine['system']}, {machine['cores']} cores, {ram} RAM",
@@ -82,7 +83,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": os.cpu_count(),
-        "ram_bytes": _ram_bytes(),
+        "ram_bytes": ram_total(),
         "python": platform.python_version(),
         "zquant": zquant.__version__,
         "torch": torch.__version__,
@@ -105,13 +106,6 @@ def _gpu(index: int) -> dict[str, Any]:
         "vram_bytes": total,
         "vram_free_bytes": free,
     }
-
-
-def _ram_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not a POSIX system
-        return None
 
 
 def _driver() -> str | None:

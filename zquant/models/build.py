@@ -60,6 +60,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     unused: Iterable[str] = (),
+    later: Callable[[str], bool] = lambda _: False,
 ) -> M:
     """Fill a module that is on the meta device.
 
@@ -70,6 +71,8 @@ def load(
         device: where the weights go; an embedding table stays on the CPU.
         dtype: of everything that is not a packed linear weight.
         unused: prefixes of names that may be present and are not needed.
+        later: whether the linear weight of that name stays on the meta device, known by its qtype
+            and placed by `zquant.memory`.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or of the wrong shape.
@@ -77,8 +80,13 @@ def load(
     check_names(module, parts, label, unused=unused)
     for path, owner in module.named_modules():
         for leaf in [leaf for leaf, _ in owner.named_parameters(recurse=False)]:
-            part = parts[f"{path}.{leaf}" if path else leaf]
-            if leaf == "weight" and isinstance(owner, (QuantLinear, QuantEmbedding)):
+            name = f"{path}.{leaf}" if path else leaf
+            part = parts[name]
+            if leaf == "weight" and isinstance(owner, QuantLinear) and later(name):
+                row_bytes = part.qtype.row_bytes(part.shape[-1])
+                away = torch.empty(part.shape[0], row_bytes, dtype=torch.uint8, device="meta")
+                owner.load(away, part.qtype)
+            elif leaf == "weight" and isinstance(owner, (QuantLinear, QuantEmbedding)):
                 keep = isinstance(owner, QuantEmbedding)
                 owner.load(packed(part).to("cpu" if keep else device), part.qtype)
             else:

@@ -34,6 +34,7 @@ from zquant.request import RunRequest
 
 __all__ = ["Checkpoint", "model_files"]
 
+DIT_STACKS = ("context_refiner.", "noise_refiner.", "layers.")
 _PARTS = {"dit": dit_parts, "text_encoder": text_encoder_parts, "vae": vae_parts}
 
 
@@ -86,17 +87,21 @@ class Checkpoint:
 
     def _check_names(self, component: str) -> None:
         """Every tensor is there and has its shape, before any work is done."""
-        module = on_meta(self._blank[component])
+        module = self.blank(component)
         unused = self._unused(component)
         check_names(module, self.parts[component], str(self.paths[component]), unused=unused)
 
     @property
-    def _blank(self) -> dict[str, Callable[[], nn.Module]]:
+    def _makers(self) -> dict[str, Callable[[], nn.Module]]:
         return {
             "dit": lambda: DiT(self.dit_config),
             "text_encoder": lambda: TextEncoder(self.text_encoder_config),
             "vae": lambda: VAE(self.vae_config),
         }
+
+    def blank(self, component: str) -> nn.Module:
+        """The network of that component without any weights."""
+        return on_meta(self._makers[component])
 
     def _unused(self, component: str) -> tuple[str, ...]:
         """Prefixes of tensors that may be there and are not needed."""
@@ -105,13 +110,19 @@ class Checkpoint:
         return ("model.norm.", f"model.layers.{self.text_encoder_config.n_layers - 1}.")
 
     def dit(self, device: torch.device, compute: Compute) -> DiT:
-        """The transformer with its weights on `device`."""
+        """The transformer, without the linear weights of its blocks; the others on `device`."""
         module = on_meta(lambda: DiT(self.dit_config))
-        load(module, self.parts["dit"], label=str(self.files.dit), device=device).use(compute)
+        load(
+            module,
+            self.parts["dit"],
+            label=str(self.files.dit),
+            device=device,
+            later=lambda name: name.startswith(DIT_STACKS),
+        ).use(compute)
         return module
 
     def text_encoder(self, device: torch.device, compute: Compute) -> TextEncoder:
-        """The text encoder with its weights on `device`, its embedding table in the file.
+        """The text encoder, without the linear weights of its layers, its embedding in the file.
 
         It is always exact: one prompt is too few tokens for int8 to pay.
         """
@@ -123,13 +134,18 @@ class Checkpoint:
             label=str(self.files.text_encoder),
             device=device,
             unused=self._unused("text_encoder"),
+            later=lambda name: name.startswith("model.layers."),
         )
 
     def vae(self, device: torch.device, dtype: torch.dtype) -> VAE:
-        """The autoencoder, expanded to `dtype` on `device`."""
-        module = on_meta(lambda: VAE(self.vae_config))
+        """The decoder of the autoencoder, expanded to `dtype` on `device`."""
         return load(
-            module, self.parts["vae"], label=str(self.files.vae), device=device, dtype=dtype
+            on_meta(lambda: VAE(self.vae_config, encodes=False)),
+            self.parts["vae"],
+            label=str(self.files.vae),
+            device=device,
+            dtype=dtype,
+            unused=("encoder.", "quant_conv."),
         )
 
     def tokenizer(self) -> Tokenizer:
@@ -140,6 +156,18 @@ class Checkpoint:
         if self.files.tokenizer is not None:
             return Tokenizer(Vocabulary.from_folder(self.files.tokenizer))
         return Tokenizer(Vocabulary.bundled())
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of one step of the DiT."""
+        return self.dit_config.n_layers + self.dit_config.n_refiner_layers
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Hash per file, where `model.json` has them; a file given in place of one has none."""
+        listed = (self.files.manifest or {}).get("files", {})
+        entries = {part: listed.get(part) for part in self.paths}
+        return {p: str(e["sha256"]) for p, e in entries.items() if e and "sha256" in e}
 
     def forget(self, component: str) -> None:
         """Drop the mapped pages of one component; the system may keep them cached."""

@@ -5,8 +5,11 @@ all layers see both. What depends on the prompt alone (`prepare`) or on the sche
 (`modulate`) is computed once, outside the denoising loop. Attribute names are the checkpoint's.
 
 The residual stream, norms, modulation, embedders and the final layer are float32; only the linears
-of blocks and attention run in `compute.dtype`, or in int8 (`use`). Sequences are processed without
-masks: the pads up to a multiple of 32 are real participants in this model.
+of blocks and attention run in `compute.dtype`, or in int8 (`use`); a block whose numbers overflow
+there can be computed in float32 (`in_float32`). Sequences are processed without masks: the pads up
+to a multiple of 32 are real participants in this model.
+
+Weights of a block may be elsewhere until it runs: `weights(name)` is entered around every use.
 
 Not here: the Omni/Edit inputs and ControlNet.
 
@@ -15,6 +18,7 @@ Source: Z-Image official repository and diffusers `ZImageTransformer2DModel`, as
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +32,27 @@ from zquant.layers.rope import axis_angles
 from zquant.models.config import DiTConfig
 from zquant.models.dit_block import Block, Rope
 
-__all__ = ["DiT", "Modulation", "Prompt", "Rope", "patchify", "unpatchify"]
+__all__ = [
+    "FLOAT32",
+    "SEQUENCE_MULTIPLE",
+    "DiT",
+    "Modulation",
+    "Prompt",
+    "Rope",
+    "Weights",
+    "patchify",
+    "unpatchify",
+]
 
 SEQUENCE_MULTIPLE = 32
+FIRST_LAYER = "layers.0"
 FINAL_NORM_EPS = 1e-6
 TIME_FEATURES = 256
 
-Observer = Callable[[str, Tensor], None]  # called with a block's name and its output
+FLOAT32 = Compute(dtype=torch.float32)
+
+# brings the weights of a block, or of its projection of the timestep, for as long as it is entered
+Weights = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +127,9 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.compute = Compute(dtype=torch.float32)
+        self.compute = FLOAT32
+        self.in_float32: set[str] = set()  # names of blocks that overflow in `compute`
+        self.weights: Weights = lambda _: nullcontext()
         dim, patch = config.dim, f"{config.patch_size}-1"
         features = config.in_channels * config.patch_size**2
         self.all_x_embedder = nn.ModuleDict({patch: QuantLinear(features, dim, bias=True)})
@@ -125,7 +145,7 @@ class DiT(nn.Module):
         self.layers = _blocks(config, config.n_layers, modulated=True)
 
     def use(self, compute: Compute) -> None:
-        """Compute so from now on; int8 reads all weights once, for the scales of their rows."""
+        """Compute so from now on."""
         self.compute = compute
         for name, block in self.blocks():
             block.use(compute, name)
@@ -148,7 +168,8 @@ class DiT(nn.Module):
         for name, block in self.blocks():
             if name.startswith("context_refiner"):
                 continue
-            m = block.adaLN_modulation[0](c).unflatten(-1, (4, -1))  # [S, 4, dim]
+            with self.weights(f"{name}.adaLN_modulation"):
+                m = block.adaLN_modulation[0](c).unflatten(-1, (4, -1))  # [S, 4, dim]
             m[:, 0::2] += 1
             m[:, 1::2].tanh_()
             blocks[name] = m
@@ -171,8 +192,8 @@ class DiT(nn.Module):
             x = layer(x)
         x = _pad(x[None], self.cap_pad_token)
         rope, image_rope, caption_rope = self.ropes(x.shape[1], height, width, x.device)
-        for block in self.context_refiner:
-            x = block(x, caption_rope, None, self.compute)
+        for i, block in enumerate(self.context_refiner):
+            x = self._block(f"context_refiner.{i}", block, x, caption_rope, None)
         return Prompt(tokens=x, image_rope=image_rope, rope=rope)
 
     def ropes(
@@ -196,7 +217,7 @@ class DiT(nn.Module):
         latents: Tensor,
         modulation: Modulation,
         prompt: Prompt,
-        observe: Observer | None = None,
+        sums: Tensor | None = None,
     ) -> Tensor:
         """The velocity d latents / d sigma (the network's output, negated).
 
@@ -204,7 +225,7 @@ class DiT(nn.Module):
             latents: float32 `[B, C, H, W]`.
             modulation: of this step.
             prompt: of this caption and size.
-            observe: called with every block's name and output, to find where numbers go wrong.
+            sums: float32 `[len(self.step_blocks), 2]`; see `Block.forward`.
 
         Returns:
             float32 `[B, C, H, W]`.
@@ -212,10 +233,13 @@ class DiT(nn.Module):
         _, _, height, width = latents.shape
         n_image = height * width // 4
         x = _pad(next(iter(self.all_x_embedder.values()))(patchify(latents)), self.x_pad_token)
-        n_padded = x.shape[1]
-        x = self._run("noise_refiner", x, prompt.image_rope, modulation, observe)
-        x = torch.cat((x, prompt.tokens.expand(len(x), -1, -1)), dim=1)
-        x = self._run("layers", x, prompt.rope, modulation, observe)[:, :n_padded]
+        rope = prompt.image_rope
+        for i, name in enumerate(self.step_blocks):
+            if name == FIRST_LAYER:
+                x = torch.cat((x, prompt.tokens.expand(len(x), -1, -1)), dim=1)
+                rope = prompt.rope
+            each = None if sums is None else sums[i]
+            x = self._block(name, self.get_submodule(name), x, rope, modulation, each)
         x = self._final_layer(x[:, :n_image], modulation.final)
         return -unpatchify(x, height, width)
 
@@ -225,16 +249,26 @@ class DiT(nn.Module):
         taus = torch.tensor([tau], dtype=torch.float32, device=latents.device)
         return -self.velocity(latents, self.modulate(taus)[0], prompt)
 
-    def _run(
-        self, stack: str, x: Tensor, rope: Rope, modulation: Modulation, observe: Observer | None
+    @property
+    def step_blocks(self) -> list[str]:
+        """Names of the blocks of one step, in the order they run."""
+        return [name for name, _ in self.blocks() if not name.startswith("context_refiner")]
+
+    def _block(
+        self,
+        name: str,
+        block: nn.Module,
+        x: Tensor,
+        rope: Rope,
+        modulation: Modulation | None,
+        sums: Tensor | None = None,
     ) -> Tensor:
-        """All blocks of one stack, in order."""
-        for i, block in enumerate(getattr(self, stack)):
-            name = f"{stack}.{i}"
-            x = block(x, rope, modulation.blocks[name].unbind(), self.compute)
-            if observe is not None:
-                observe(name, x)
-        return x
+        """One block, its weights brought and its numbers as precise as they have to be."""
+        compute = FLOAT32 if name in self.in_float32 else self.compute
+        four = None if modulation is None else modulation.blocks[name].unbind()
+        with self.weights(name):
+            out: Tensor = block(x, rope, four, compute, sums)
+        return out
 
     @property
     def _final_layer(self) -> FinalLayer:

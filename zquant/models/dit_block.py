@@ -25,14 +25,19 @@ from zquant.layers.norm import RMSNorm
 from zquant.layers.swiglu import input_scale, swiglu
 from zquant.models.config import DiTConfig
 
-__all__ = ["EXACT", "Block", "Rope", "why_exact"]
+__all__ = ["EXACT", "Block", "Rope", "ffn_chunk", "why_exact"]
 
-FFN_TOKENS = 4608  # a picture of 1024x1024 with its prompt is one chunk
+FFN_TOKENS = 4608  # of two bytes: a picture of 1024x1024 with its prompt is one chunk
 EXACT = (  # (block, input of its linears, reason): never int8, whatever is asked
     ("context_refiner.*", "*", "runs once per picture: exact costs nothing"),
 )
 
 Rope = tuple[Tensor, Tensor]  # cos, sin: float32 [L, head_dim / 2]
+
+
+def ffn_chunk(dtype: torch.dtype) -> int:
+    """Most tokens that go through the feed-forward at a time."""
+    return FFN_TOKENS * 2 // dtype.itemsize
 
 
 def why_exact(block: str, key: str) -> str:
@@ -55,19 +60,25 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.head_dim, config.norm_eps)
         self.norm_k = RMSNorm(config.head_dim, config.norm_eps)
 
-    def forward(self, x: Tokens, rope: Rope, compute: Compute, group: int | None) -> Tensor:
-        """`[M, dim]`, M a multiple of the rope's L, to `[M, dim]` of the same scale.
+    # three steps instead of one, so that what a step reads is gone before the next one allocates
 
-        `group` is that of the tokens which enter the output projection, None where it is exact.
-        """
+    def project(self, x: Tokens, compute: Compute) -> Tensor:
+        """`[M, dim]` to q, k and v, `[M, 3, heads, head_dim]`."""
         m = len(x.q if isinstance(x, QuantTokens) else x)
         qkv = self.norm_q.weight.new_empty(m, *self.shape, dtype=compute.dtype)
         for i, linear in enumerate((self.to_q, self.to_k, self.to_v)):
             linear(x, out=qkv[:, i].flatten(1))
+        return qkv
+
+    def attend(self, qkv: Tensor, rope: Rope, compute: Compute) -> Tensor:
+        """q, k and v, rotated in place, M a multiple of the rope's L, to `[M, dim]`."""
         eps = self.norm_q.eps * input_scale(compute.dtype) ** 2
         fused_qk(qkv, self.norm_q.weight, self.norm_k.weight, *rope, eps)
         q, k, v = qkv.view(-1, len(rope[0]), *self.shape).unbind(2)
-        h = attention(q, k, v, int8=compute.int8_attention).flatten(0, 1)
+        return attention(q, k, v, int8=compute.int8_attention).flatten(0, 1)
+
+    def output(self, h: Tensor, group: int | None) -> Tensor:
+        """`[M, dim]` to the same; `group` is of the tokens that enter, None where it is exact."""
         out: Tensor = self.to_out[0](enter(h, group))
         return out
 
@@ -84,13 +95,17 @@ class FeedForward(nn.Module):
     def forward(self, x: Tokens, group: int | None) -> tuple[Tensor, float]:
         """`[M, dim]` to `[M, dim]` and its scale; `group` as in `swiglu`.
 
-        Tokens go through in equal chunks of at most `FFN_TOKENS`, since the inner activations of
-        a large picture would be the largest of all. Chunks follow from the picture's size alone.
+        Tokens go through in equal chunks of at most `ffn_chunk`, since the inner activations of a
+        large picture would be the largest of all. Chunks follow from the picture's size alone.
         """
-        chunks = split(x, FFN_TOKENS)
-        done = [swiglu(chunk, self.w1, self.w3, self.w2, group) for chunk in chunks]
-        outs = [out for out, _ in done]
-        return (outs[0] if len(outs) == 1 else torch.cat(outs)), done[0][1]
+        chunks = split(x, ffn_chunk(x.dtype))
+        if len(chunks) == 1:
+            return swiglu(x, self.w1, self.w3, self.w2, group)
+        m = len(x.q if isinstance(x, QuantTokens) else x)
+        out = torch.empty(m, self.w2.out_features, dtype=x.dtype, device=self.w2.weight.device)
+        for chunk, rows in zip(chunks, out.tensor_split(len(chunks)), strict=True):
+            _, scale = swiglu(chunk, self.w1, self.w3, self.w2, group, out=rows)
+        return out, scale
 
 
 class Block(nn.Module):
@@ -137,24 +152,41 @@ class Block(nn.Module):
         }
 
     def forward(
-        self, x: Tensor, rope: Rope, modulation: Sequence[Tensor] | None, compute: Compute
+        self,
+        x: Tensor,
+        rope: Rope,
+        modulation: Sequence[Tensor] | None,
+        compute: Compute,
+        sums: Tensor | None = None,
     ) -> Tensor:
         """One block.
 
         Args:
-            x: float32 `[B, L, dim]`, the residual stream; not modified.
+            x: float32 `[B, L, dim]`, contiguous, the residual stream; overwritten and returned.
             rope: tables of `L` tokens.
             modulation: four float32 `[dim]` vectors, or None for the context refiner.
             compute: of the linears and the attention.
+            sums: float32 `[2]`, contiguous; gets the sum of the stream after attention and after
+                the feed-forward, which is finite only if every number is.
         """
         factor = input_scale(compute.dtype)
         scale_msa, gate_msa, scale_mlp, gate_mlp = modulation or (None,) * 4
-        groups, eps, r = self.groups, self.attention_norm1.eps, x.flatten(0, 1)
+        groups = self.groups if compute.int8 else dict.fromkeys(self.groups)
+        eps, r = self.attention_norm1.eps, x.view(-1, x.shape[-1])
         dtype, group = _entry(compute, groups["qkv"])
         weight = self.attention_norm1.weight
-        values, row_scale = fused_norm(r, weight, scale_msa, eps, dtype, factor=factor, group=group)
-        tokens = as_tokens(values, row_scale, group, compute.dtype)
-        branch = self.attention(tokens, rope, compute, groups["out"])
+        # temporaries have no name here: each is gone as soon as the step that reads it is done
+        qkv = self.attention.project(
+            as_tokens(
+                *fused_norm(r, weight, scale_msa, eps, dtype, factor=factor, group=group),
+                group,
+                compute.dtype,
+            ),
+            compute,
+        )
+        branch = self.attention.attend(qkv, rope, compute)
+        del qkv
+        branch = self.attention.output(branch, groups["out"])
         norms = Norms(
             h_weight=self.attention_norm2.weight,
             gate=gate_msa,
@@ -165,12 +197,18 @@ class Block(nn.Module):
             factor=factor,
         )
         dtype, group = _entry(compute, groups["w13"])
-        r, values, row_scale = fused_residual(r, branch, norms, dtype, group=group)
-        tokens = as_tokens(values, row_scale, group, compute.dtype)
+        _, values, scale = fused_residual(r, branch, norms, dtype, group=group, out=r)
+        if sums is not None:
+            torch.sum(r, dim=(0, 1), out=sums[0])
+        del branch
+        tokens = as_tokens(values, scale, group, compute.dtype)
+        del values, scale
         branch, out_scale = self.feed_forward(tokens, groups["w2"])
         h_eps = eps * out_scale**2
-        r = residual(r, branch, self.ffn_norm2.weight, gate_mlp, h_eps, out=r)
-        return r.view(x.shape)
+        residual(r, branch, self.ffn_norm2.weight, gate_mlp, h_eps, out=r)
+        if sums is not None:
+            torch.sum(r, dim=(0, 1), out=sums[1])
+        return x
 
 
 def _entry(compute: Compute, group: int | None) -> tuple[torch.dtype, int]:

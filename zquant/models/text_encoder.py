@@ -4,10 +4,14 @@ The embedding is the residual stream before the last layer (`hidden_states[-2]`)
 the final norm and the language-model head are never built. Only real tokens are processed: with
 causal attention, padding on the right would not change them.
 
-The residual stream and norms are float32; linears and attention run in `compute_dtype`.
+The residual stream and norms are float32; linears and attention run in `compute_dtype`. Weights of
+a layer may be elsewhere until it runs: `weights(name)` is entered around it.
 
 Source: transformers `Qwen3Model`, as facts.
 """
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -100,15 +104,27 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.weights: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()
         self.model = Decoder(config)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """float32 `[T, hidden]` embeddings of int64 `ids [T]`, T >= 1."""
+    def forward(self, prompts: Sequence[Tensor]) -> list[Tensor]:
+        """Embeddings of several prompts, whose weights are brought once for all.
+
+        Args:
+            prompts: int64 `[T]` token ids each, T >= 1, on one device.
+
+        Returns:
+            float32 `[T, hidden]` for each.
+        """
         config = self.config
-        table = angles(torch.arange(len(ids)), config.head_dim, config.rope_theta).to(ids.device)
-        rope = table.cos(), table.sin()
-        x = self.model.embed_tokens(ids)[None]
-        for layer in self.model.layers:
-            x = layer(x, rope, self.compute_dtype)
-        out: Tensor = x[0]
-        return out
+        longest = max(map(len, prompts))
+        table = angles(torch.arange(longest), config.head_dim, config.rope_theta)
+        table = table.to(prompts[0].device)
+        cos, sin = table.cos(), table.sin()
+        streams = [self.model.embed_tokens(ids)[None] for ids in prompts]
+        for i, layer in enumerate(self.model.layers):
+            with self.weights(f"model.layers.{i}"):
+                for at, x in enumerate(streams):
+                    n = x.shape[1]
+                    streams[at] = layer(x, (cos[:n], sin[:n]), self.compute_dtype)
+        return [x[0] for x in streams]

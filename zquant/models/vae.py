@@ -144,7 +144,9 @@ class Decoder(nn.Module):
         """`[B, latent_channels, H, W]` to `[B, 3, 8H, 8W]`."""
         x = self.mid_block(self.conv_in(x))
         for level in self.up_blocks:
-            x = level(x)
+            assert isinstance(level, Level)
+            for step in level.steps:  # here, so that nobody holds the input of the whole level
+                x = step(x)
         out: Tensor = self.conv_out(_norm_silu(self.conv_norm_out, x, reuse=True))
         return out
 
@@ -179,15 +181,17 @@ class Encoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder; build it on the meta device and load it with `zquant.models.build`."""
+    """Decoder, and encoder if it `encodes`; build it on the meta device, load it with `build`."""
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, *, encodes: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        if encodes:
+            self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         if config.use_quant_conv:
-            self.quant_conv = _conv(2 * config.latent_channels, 2 * config.latent_channels, 1)
+            if encodes:
+                self.quant_conv = _conv(2 * config.latent_channels, 2 * config.latent_channels, 1)
             self.post_quant_conv = _conv(config.latent_channels, config.latent_channels, 1)
 
     def decode(self, z: Tensor) -> Tensor:

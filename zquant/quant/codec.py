@@ -19,7 +19,7 @@ from zquant_kernels.runtime import why_not
 from zquant.quant import floats, q4_0, q4_k, q5_0, q5_k, q6_k, q8_0
 from zquant.quant.qtypes import QType
 
-__all__ = ["DECODED_DTYPES", "dequantize", "quantize"]
+__all__ = ["DECODED_DTYPES", "dequantize", "quantize", "scratch_bytes"]
 
 DECODED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -38,6 +38,7 @@ QUANTIZE_CHUNK = 1 << 19
 DECODE_CHUNK_CPU = 1 << 20
 # an accelerator only needs a bound on the temporaries
 DECODE_CHUNK = 1 << 23
+TEMPORARIES = 3  # of a chunk, as float32, that exist at a time
 
 
 def quantize(weights: npt.NDArray[np.float32], qtype: QType) -> npt.NDArray[np.uint8]:
@@ -98,7 +99,7 @@ def dequantize(
         data = packed.view(torch.uint8).contiguous()
         decoded: torch.Tensor = kernels.dequantize(data, qtype.name, dtype, out)
         return decoded
-    chunk = DECODE_CHUNK_CPU if packed.device.type == "cpu" else DECODE_CHUNK
+    chunk = _chunk(packed.device)
     step = max(1, chunk // max(1, shape[1]))
     scratch = None
     for row in range(0, shape[0] if out.numel() else 0, step):
@@ -116,6 +117,16 @@ def dequantize(
         if decoded is not target:
             target.copy_(decoded)
     return out
+
+
+def scratch_bytes(device: torch.device) -> int:
+    """Most bytes of temporaries of `dequantize` where no kernel does it."""
+    return TEMPORARIES * torch.float32.itemsize * _chunk(device)
+
+
+def _chunk(device: torch.device) -> int:
+    """Weights that are decoded at a time."""
+    return DECODE_CHUNK_CPU if device.type == "cpu" else DECODE_CHUNK
 
 
 def _decoded_shape(packed: torch.Tensor, qtype: QType, dtype: torch.dtype) -> torch.Size:

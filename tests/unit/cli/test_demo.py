@@ -39,9 +39,8 @@ def at_home(
     """An empty working directory; the stand-in; the session's tokenizer, which is slow to read."""
     from zquant.models.checkpoint import Checkpoint
 
-    if toy_engine._tokenizer is None:
-        toy_engine._tokenizer = toy_engine.checkpoint.tokenizer()
-    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _: toy_engine._tokenizer)
+    tokenizer = toy_engine.prompts.tokenizer
+    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _: tokenizer)
     monkeypatch.setattr(model_folder, "package_files", lambda _: package)
     monkeypatch.chdir(tmp_path)
 

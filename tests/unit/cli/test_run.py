@@ -30,9 +30,8 @@ def run(
     """`zquant run` with the toy, at 32×32 and two steps unless told: exit code, stdout, stderr."""
     from zquant.models.checkpoint import Checkpoint
 
-    if toy_engine._tokenizer is None:
-        toy_engine._tokenizer = toy_engine.checkpoint.tokenizer()
-    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _: toy_engine._tokenizer)
+    tokenizer = toy_engine.prompts.tokenizer
+    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _: tokenizer)
     monkeypatch.delenv("ZQUANT_DEBUG", raising=False)
     monkeypatch.chdir(tmp_path)
 

@@ -168,7 +168,7 @@ def test_swiglu_of_a_product_past_float16(dtype: torch.dtype) -> None:
     expected = product @ down.float().T
     assert product.abs().max() > 65504
     assert expected.abs().max() > 65504
-    out, scale = swiglu(h, *(lambda t, w=w: t @ w.T for w in (gate, up, down)))
+    out, scale = swiglu(h, *(lambda t, w=w, **_: t @ w.T for w in (gate, up, down)))
     assert out.dtype == dtype
     assert torch.isfinite(out).all()
     error = (out.float() / scale - expected).norm() / expected.norm()

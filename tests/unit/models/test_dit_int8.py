@@ -106,14 +106,17 @@ def test_feed_forward_in_chunks_gives_the_same_picture(dit, monkeypatch):
         torch.testing.assert_close(run(dit, compute), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_block_leaves_its_input_alone(dit):
+def test_a_block_works_in_the_memory_of_its_input_and_sums_both_halves(dit):
     dit.use(EXACT)
     (_, block), *_ = dit.blocks()
-    x = noise(1, 32, 192, seed=3)
+    x, sums = noise(1, 32, 192, seed=3), torch.zeros(2)
     kept = x.clone()
     angles = torch.zeros(32, 32)
-    block(x, (angles.cos(), angles.sin()), None, EXACT)
-    assert torch.equal(x, kept)
+    out = block(x, (angles.cos(), angles.sin()), None, EXACT, sums)
+    assert out.data_ptr() == x.data_ptr()
+    assert not torch.equal(out, kept)
+    torch.testing.assert_close(sums[1], out.sum())
+    assert sums[0] not in (0, sums[1])
 
 
 def test_float32_weights_stay_exact():

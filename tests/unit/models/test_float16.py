@@ -162,12 +162,12 @@ IDS = torch.tensor([3, 1, 4, 15, 9, 26, 5])
 def test_text_encoder(gains: Mapping[str, float], dtype: torch.dtype) -> None:
     encoder = make_text_encoder(gains)
     seen = peaks(encoder, ("down_proj", "o_proj"))
-    expected = encoder(IDS)
+    expected = encoder([IDS])[0]
     if gains:
         assert min(seen.values()) > FLOAT16_MAX, seen
         assert expected.abs().max() > FLOAT16_MAX  # the residual stream itself
     encoder.compute_dtype = dtype
-    ours = encoder(IDS)
+    ours = encoder([IDS])[0]
     assert ours.dtype == torch.float32
     assert torch.isfinite(ours).all()
     assert relative_l2(ours, expected) < TOLERANCE[dtype]
@@ -178,10 +178,10 @@ def test_text_encoder_runs_all_layers_but_the_last() -> None:
     encoder = make_text_encoder({})
     for i, layer in enumerate(encoder.model.layers):
         layer.register_forward_hook(lambda *_, i=i: ran.append(i))
-    encoder(IDS)
+    encoder([IDS])
     assert ran == [0, 1, 2]
 
 
 def test_tokens_do_not_see_what_follows() -> None:
     encoder = make_text_encoder({})
-    torch.testing.assert_close(encoder(IDS)[:4], encoder(IDS[:4]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoder([IDS])[0][:4], encoder([IDS[:4]])[0], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,138 @@
+"""What the system says of its memory, read rightly."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zquant
+from zquant.memory import machine
+from zquant.memory.device import matmul_flops, probe
+
+GIB, MIB = 2**30, 2**20
+
+
+def fake_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, texts: dict[str, str]) -> None:
+    """The system's files have other contents, or are not there."""
+    folder = tmp_path / "system"
+    for name, text in texts.items():
+        file = folder / name.lstrip("/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    def path(name: Any) -> Path:
+        return folder / str(name).lstrip("/")
+
+    monkeypatch.setattr(machine, "Path", path)
+
+
+MEMINFO = "MemTotal:       16000000 kB\nMemFree:  1 kB\nMemAvailable:    8388608 kB\n"
+CGROUP = {
+    "/sys/fs/cgroup/memory.current": str(3 * GIB),
+    "/sys/fs/cgroup/memory.stat": f"anon 5\nfile {GIB}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("max", 8 * GIB), (str(4 * GIB), 2 * GIB), (str(GIB), 0)]
+)
+def test_a_container_has_what_its_limit_leaves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, expected: int
+) -> None:
+    files = {"/proc/meminfo": MEMINFO, "/sys/fs/cgroup/memory.max": limit, **CGROUP}
+    fake_files(monkeypatch, tmp_path, files)
+    assert machine.ram_available() == max(0, expected)
+
+
+def test_without_a_control_group_the_system_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_files(monkeypatch, tmp_path, {"/proc/meminfo": MEMINFO})
+    assert machine.ram_available() == 8 * GIB
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_what_the_process_holds_grows_with_what_it_touches() -> None:
+    before = machine.ram_held()
+    block = torch.ones(64 * MIB, dtype=torch.uint8)
+    assert machine.ram_held() - before > 48 * MIB
+    assert block.sum() == 64 * MIB
+    assert machine.ram_held() < machine.ram_total()
+
+
+def smi(monkeypatch: pytest.MonkeyPatch, output: str | Exception) -> int | None:
+    def run(command: list[str], **_: Any) -> Any:
+        if isinstance(output, Exception):
+            raise output
+        return subprocess.CompletedProcess(command, 0, output)
+
+    monkeypatch.setattr(machine.shutil, "which", lambda _: "nvidia-smi")
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    return machine.process_vram_bytes()
+
+
+def test_the_driver_counts_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = os.getpid()
+    assert smi(monkeypatch, f"1, 700\n{pid}, 512\n") == 512 * MIB
+    assert smi(monkeypatch, "1, 700\n") is None
+    assert smi(monkeypatch, f"{pid}, [N/A]\n") is None
+    assert smi(monkeypatch, subprocess.TimeoutExpired("nvidia-smi", 10)) is None
+    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
+    assert machine.process_vram_bytes() is None
+
+
+def test_a_cpu_is_measured(toy_engine: zquant.Engine) -> None:
+    weight = toy_engine.checkpoint.parts["dit"]["layers.0.feed_forward.w1.weight"]
+    found = machine.machine_of(probe("cpu", "float32"), weight)
+    assert not found.is_gpu
+    assert found.device_bytes == found.ram_bytes >= found.ram_held == found.outside > 0
+    assert found.ram_bytes < machine.ram_total() + found.ram_held
+    assert found.disk_bytes_s > 0
+    assert 0 < found.expand_s < 1e-5
+    assert matmul_flops(torch.float32) > 1e8
+
+
+class FakeCuda:
+    """An RTX 3060 with 5 GiB free."""
+
+    def __init__(self, name: str, capability: tuple[int, int], n_sms: int) -> None:
+        self.name, self.capability, self.multi_processor_count = name, capability, n_sms
+        self.clock_rate = 1_777_000  # kHz
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5 * GIB, 12 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: self)
+        monkeypatch.setattr(machine.runtime, "capability", lambda _: self.capability)
+        monkeypatch.setattr(machine, "_link_bytes_s", lambda _: 12e9)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "n_sms", "tflops"),
+    [
+        ("NVIDIA GeForce RTX 3060", (8, 6), 28, 25.5),
+        ("NVIDIA GeForce GTX 1650", (7, 5), 14, 6.4),
+        ("NVIDIA H100", (9, 0), 132, 960.7),
+    ],
+)
+def test_a_gpu_from_what_torch_knows(
+    monkeypatch: pytest.MonkeyPatch, toy_engine: zquant.Engine,
+    name: str, capability: tuple[int, int], n_sms: int, tflops: float,
+) -> None:  # fmt: skip
+    FakeCuda(name, capability, n_sms).install(monkeypatch)
+    monkeypatch.setattr(machine, "process_vram_bytes", lambda: GIB + 300 * MIB)
+    weight = toy_engine.checkpoint.parts["dit"]["layers.0.feed_forward.w1.weight"]
+
+    class Gpu:
+        is_cuda, torch_device = True, torch.device("cuda", 0)
+
+    found = machine.machine_of(Gpu(), weight)  # type: ignore[arg-type]
+    assert found.is_gpu
+    assert found.flops == pytest.approx(tflops * 1e12 * machine.EFFICIENCY, rel=0.01)
+    # what is free and what the process holds itself, less the headroom
+    assert found.device_bytes == 5 * GIB + GIB + 300 * MIB - 12 * GIB // 25
+    assert found.outside == 300 * MIB + machine.CONTEXT_GROWTH
+    assert found.link_bytes_s == 12e9
