@@ -18,6 +18,7 @@ from zquant import sampling
 from zquant.errors import ZQuantError
 from zquant.memory.device import Device, peak_host_bytes
 from zquant.memory.lanes import CudaLanes, HostLanes, Lanes
+from zquant.memory.machine import process_vram_bytes
 from zquant.memory.plan import MemoryPlan, NetworkPlan, margin
 from zquant.memory.residency import Residency
 from zquant.memory.stream import StreamReport
@@ -31,6 +32,7 @@ from zquant.velocity import Guidance, Velocity, check_finite, not_finite
 __all__ = ["Job", "Phases", "Picture"]
 
 T = TypeVar("T")
+WORKSPACES = 64 * 2**20  # of cuBLAS and cuDNN
 FULL_BYTES = 64 * 2**20  # of VRAM that are free when none is
 
 
@@ -83,7 +85,8 @@ class Phases:
         self.growth: int | None = None
         if device.is_cuda:
             _, total = torch.cuda.mem_get_info(device.torch_device)
-            share = (plan.budget_bytes - plan.machine.outside) / total
+            # libraries take some of what the plan has for them from torch's allocator
+            share = (plan.budget_bytes - plan.machine.outside + WORKSPACES) / total
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device.torch_device)
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -206,12 +209,11 @@ class Phases:
     def measured(self) -> dict[str, Any]:
         """What was planned and what came of it, as JSON values."""
         plan, device = self.plan, self.device
-        reserved = device.peak_vram_bytes()
         return {
             "budget_bytes": plan.budget_bytes if device.is_cuda else None,
             "max_ram_bytes": plan.ram_bytes,
             "predicted_vram_bytes": plan.device_bytes if device.is_cuda else None,
-            "measured_vram_bytes": None if reserved is None else reserved + plan.machine.outside,
+            "measured_vram_bytes": self._measured_vram(),
             "predicted_host_bytes": plan.host_bytes,
             "measured_host_bytes": peak_host_bytes(),
             "predicted_step_s": plan.step_seconds,
@@ -221,6 +223,16 @@ class Phases:
             "allocations_after_step_1": self.growth,
             "streams": {name: asdict(report) for name, report in self.reports.items()},
         }
+
+    def _measured_vram(self) -> int | None:
+        """Torch's peak, and what the process holds besides; None on a CPU."""
+        peak = self.device.peak_vram_bytes()
+        if peak is None:
+            return None
+        process = process_vram_bytes()
+        if process is None:  # the plan's allowance stands for what the driver does not tell
+            return peak + self.plan.machine.outside
+        return peak + process - torch.cuda.memory_reserved(self.device.torch_device)
 
     def _lanes(self) -> Lanes:
         if self.device.is_cuda:
