@@ -85,16 +85,20 @@ def _timeline(axes: Any, load: Load) -> None:  # noqa: ARG001 # one signature fo
     blocks = [SimulatedBlock(str(i), BLOCK_BYTES) for i in range(N_STREAMED)]
     shape = StreamShape(n_slots=2, n_ring=0, kept=frozenset(range(N_STREAMED)))
     stream = BlockStream(blocks, shape, lanes)
+    forward(stream, lanes, uses)  # reads the file
+    began = lanes.clock
     forward(stream, lanes, uses)
     stream.close()
     rows = {"copy": 0, "compute": 1}
     for span in lanes.spans:
-        if span.lane in rows:
+        if span.lane in rows and span.end > began:
             color = "tab:blue" if span.lane == "copy" else "tab:orange"
-            axes.barh(rows[span.lane], span.end - span.start, left=span.start, color=color, ec="w")
+            axes.barh(
+                rows[span.lane], span.end - span.start, left=span.start - began, color=color, ec="w"
+            )
     axes.set(
         yticks=list(rows.values()),
         yticklabels=list(rows),
-        xlabel="seconds of the first step",
+        xlabel="seconds of the second step",
         title="PROJECTED: RTX 3060 on PCIe 3, 1024x1024, Q4_K_M within 2 GiB",
     )

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_run
 import gpu_session
+import gpu_stages
 import pytest
-from gpu_session import Failed, Run, Skipped
+from gpu_run import Done, Failed, Run, Skipped
 
 Stages = dict[str, Callable[[Run], Any]]
 
@@ -30,12 +32,23 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
     return listed
 
 
-def test_a_rehearsal_runs_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def run_of(tmp_path: Path, *, rehearse: bool = False) -> Run:
+    """For a stage that is called without a session."""
+    end = time.monotonic() + 60
+    return Run(rehearse=rehearse, log=tmp_path / "log", work=tmp_path / "work", end=end)
+
+
+CHEAP = ("environment", "tests", "sanitizer", "kernels")  # the others need models
+
+
+def test_a_rehearsal_runs_every_stage_without_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     start = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert session(tmp_path) == 0, capsys.readouterr().err
+    assert session(tmp_path, *CHEAP) == 0, capsys.readouterr().err
     end = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = documents(tmp_path)
-    assert set(found) == set(gpu_session.STAGES)
+    assert set(found) == set(CHEAP)
     assert {name for name, d in found.items() if d["status"] != "done"} == {"sanitizer"}
     assert found["sanitizer"]["status"] == "skipped"
     assert "rehearsal" in found["sanitizer"]["reason"]
@@ -48,9 +61,9 @@ def test_a_rehearsal_runs_every_stage(tmp_path: Path, capsys: pytest.CaptureFixt
     assert set(timed["block"]) == {"eager bf16"}
     assert all(d["command"] and d["rehearsed"] for d in found.values())
     # of the processor: how long it takes says more about a busy machine
-    assert end.ru_utime - start.ru_utime < 60
+    assert end.ru_utime - start.ru_utime < 40
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines] == list(gpu_session.STAGES)
+    assert [line.split(":")[0] for line in lines] == list(CHEAP)
     assert list(tmp_path.glob("*.part")) == []
 
 
@@ -138,12 +151,24 @@ def test_a_missing_module_is_named(tmp_path: Path, stages: Stages) -> None:
     assert "No module named 'surely_not_there'" in documents(tmp_path)["a"]["reason"]
 
 
+def test_a_loud_stage_shows_what_its_commands_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("-c", "import sys; print('half', file=sys.stderr); print('result')")
+    run = run_of(tmp_path)
+    assert run.python(*words).stderr == "half\n"
+    assert capsys.readouterr().err == ""
+    run.loud = True
+    assert run.python(*words).stdout == "result\n"
+    assert capsys.readouterr().err == "half\n"
+    assert run.log.read_text().count("half") == 4  # in each command, and said by each
+
+
 def test_the_environment_names_missing_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(gpu_session, "MODULES", ("torch", "surely-not-there"))
-    monkeypatch.setattr(Run, "__call__", lambda *_, **__: gpu_session.Done(0, "{}", ""))
-    run = Run(rehearse=True, log=tmp_path / "log", end=0)
+    monkeypatch.setattr(gpu_stages, "MODULES", ("torch", "surely-not-there"))
+    monkeypatch.setattr(Run, "__call__", lambda *_, **__: Done(0, "{}", ""))
     with pytest.raises(Failed, match="modules are missing: surely-not-there"):
-        gpu_session.environment(run)
+        gpu_stages.environment(run_of(tmp_path, rehearse=True))
 
 
 TESTS = """
@@ -168,10 +193,10 @@ def test_tests_are_counted_and_failures_named(
     (folder / "test_b.py").write_text("def test_right(): pass\n")
     settings = '[pytest]\naddopts = --import-mode=importlib -m "not gpu"\nmarkers = gpu\n'
     (tmp_path / "pytest.ini").write_text(settings)
-    monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
-    run = Run(rehearse=False, log=tmp_path / "log", end=time.monotonic() + 60)
+    monkeypatch.setattr(gpu_stages, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
     with pytest.raises(Failed) as failed:
-        gpu_session.tests(run)
+        gpu_stages.tests(run_of(tmp_path))
     found = failed.value.result
     assert isinstance(found, dict)
     a, b = found["files"]
@@ -211,19 +236,19 @@ def test_the_sanitizer_judges_by_its_own_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: int, reason: str
 ) -> None:
     log = tmp_path / "calls"
-    tool = tmp_path / "bin" / gpu_session.SANITIZER
+    tool = tmp_path / "bin" / gpu_stages.SANITIZER
     tool.parent.mkdir()
     tool.write_text(SANITIZER.format(log=log, line=line, code=code))
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/nothing:/usr/bin:/bin")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    run = Run(rehearse=False, log=tmp_path / "log", end=time.monotonic() + 60)
+    run = run_of(tmp_path)
     if reason:
         kind = Skipped if "refuses" in reason else Failed
         with pytest.raises(kind, match=reason):
-            gpu_session.sanitizer(run)
+            gpu_stages.sanitizer(run)
         return
-    found = gpu_session.sanitizer(run)
+    found = gpu_stages.sanitizer(run)
     assert [found[name]["summary"] for name in ("memcheck", "racecheck")] == [
         ["========= ERROR SUMMARY: 0 errors"]
     ] * 2
