@@ -123,6 +123,10 @@ class Engine:
             notices.append(notice)
         # the device first: it is wrong more often than the files, and found out sooner
         chosen = probe(device, compute_dtype, compute=compute, kernels=kernels, attention=attention)
+        if limits.budget_bytes is not None and not chosen.is_cuda:
+            notices.append(
+                "--budget is a ceiling on VRAM and changes nothing on a CPU; see --max-ram"
+            )
         return cls(Checkpoint(files), chosen, notices, limits=limits, cache=cache)
 
     def close(self) -> None:

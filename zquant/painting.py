@@ -91,6 +91,12 @@ class Painting:
         self.notices: list[str] = []
         self.plan = plan_of(studio, requests)
         self.phases = Phases(checkpoint, studio.device, self.plan)
+        asked = studio.limits.budget_bytes
+        if studio.device.is_cuda and asked is not None and asked > self.plan.budget_bytes:
+            self.notices.append(
+                f"the budget is {format_bytes(asked)}, but only "
+                f"{format_bytes(self.plan.budget_bytes)} of VRAM are free; planned with those"
+            )
         self.start = time.perf_counter()
         self.timings: dict[str, float] = {}
         self.jobs = [

@@ -18,7 +18,7 @@ from zquant import sampling
 from zquant.errors import ZQuantError
 from zquant.memory.device import Device, peak_host_bytes
 from zquant.memory.lanes import CudaLanes, HostLanes, Lanes
-from zquant.memory.machine import process_vram_bytes
+from zquant.memory.machine import process_vram_bytes, trim_heap
 from zquant.memory.plan import MemoryPlan, NetworkPlan, margin
 from zquant.memory.residency import Residency
 from zquant.memory.stream import StreamReport
@@ -266,5 +266,6 @@ class Phases:
 
     def _leave(self, component: str) -> None:
         self.checkpoint.forget(component)
+        trim_heap()
         if self.device.is_cuda:
             torch.cuda.empty_cache()

@@ -171,6 +171,14 @@ def test_a_plan_is_announced_and_reported(toy_engine: zquant.Engine) -> None:
     assert memory["budget_bytes"] is None  # of a GPU
 
 
+def test_a_budget_of_vram_on_a_cpu_is_told_to_change_nothing(toy_folder: Path) -> None:
+    limits = Limits(budget_bytes=2**30)
+    engine = zquant.Engine.open(toy_folder, device="cpu", compute_dtype="float32", limits=limits)
+    (notice,) = paint(engine).notices
+    assert "changes nothing on a CPU" in notice
+    engine.close()
+
+
 def test_a_ceiling_that_is_too_low_is_refused_before_any_work(toy_folder: Path) -> None:
     limits = Limits(ram_bytes=2**20)
     engine = zquant.Engine.open(toy_folder, device="cpu", limits=limits)

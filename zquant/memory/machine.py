@@ -23,12 +23,20 @@ from zquant.memory.device import Device, matmul_flops
 from zquant.memory.needs import Machine
 from zquant.quant.codec import dequantize
 
-__all__ = ["machine_of", "process_vram_bytes", "ram_available", "ram_held", "ram_total"]
+__all__ = [
+    "machine_of",
+    "process_vram_bytes",
+    "ram_available",
+    "ram_held",
+    "ram_total",
+    "trim_heap",
+]
 
 MIB = 2**20
 HEADROOM_SHARE = 0.1  # of what is available, left to others
 HEADROOM_RAM = 512 * MIB
 HEADROOM_VRAM = {True: 512 * MIB, False: 192 * MIB}  # Windows draws its desktop there
+CPU_LIBRARIES = 160 * MIB  # buffers of MKL and oneDNN, code that is loaded at the first product
 CONTEXT = 448 * MIB  # of CUDA, where the driver does not tell
 CONTEXT_GROWTH = 128 * MIB  # kernels that are loaded later, workspaces of libraries
 PINNED_SHARE = {True: 0.4, False: 0.75}  # of RAM: Windows pins no more than half of it
@@ -57,7 +65,7 @@ def machine_of(device: Device, weight: Part) -> Machine:
         return Machine(
             is_gpu=False,
             device_bytes=ram,
-            outside=held,
+            outside=held + CPU_LIBRARIES,
             ram_bytes=ram,
             ram_held=held,
             flops=matmul_flops(device.compute_dtype),
@@ -108,6 +116,14 @@ def ram_held() -> int:
     if statm.is_file():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 600 * MIB  # what torch and transformers take once they are loaded
+
+
+def trim_heap() -> None:
+    """Let the C library give freed memory back to the system, where it is known to keep it."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from musl
+        if trim is not None:
+            trim(0)
 
 
 def _container_room() -> int:

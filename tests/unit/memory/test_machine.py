@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def test_what_the_process_holds_grows_with_what_it_touches() -> None:
     assert machine.ram_held() < machine.ram_total()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_a_heap_that_is_trimmed_is_given_back() -> None:
+    many = [bytes(100_000) for _ in range(1000)]  # below the size that is mapped alone
+    last = bytes(100_000)  # keeps the top of the heap in use
+    full = machine.ram_held()
+    del many
+    machine.trim_heap()
+    assert machine.ram_held() < full - 50 * MIB
+    assert len(last) == 100_000
+
+
 def smi(monkeypatch: pytest.MonkeyPatch, output: str | Exception) -> int | None:
     def run(command: list[str], **_: Any) -> Any:
         if isinstance(output, Exception):
@@ -88,7 +100,8 @@ def test_a_cpu_is_measured(toy_engine: zquant.Engine) -> None:
     weight = toy_engine.checkpoint.parts["dit"]["layers.0.feed_forward.w1.weight"]
     found = machine.machine_of(probe("cpu", "float32"), weight)
     assert not found.is_gpu
-    assert found.device_bytes == found.ram_bytes >= found.ram_held == found.outside > 0
+    assert found.device_bytes == found.ram_bytes >= found.ram_held > 0
+    assert found.outside == found.ram_held + machine.CPU_LIBRARIES
     assert found.ram_bytes < machine.ram_total() + found.ram_held
     assert found.disk_bytes_s > 0
     assert 0 < found.expand_s < 1e-5
