@@ -17,6 +17,7 @@ from zquant.errors import PlanError
 from zquant.image import to_image
 from zquant.memory.device import Device, peak_host_bytes
 from zquant.memory.forecast import Forecast
+from zquant.memory.machine import keep_heap_small
 from zquant.memory.needs import Limits
 from zquant.memory.plan import MemoryPlan
 from zquant.models.checkpoint import Checkpoint
@@ -89,6 +90,8 @@ class Painting:
         checkpoint = studio.checkpoint
         noise = [settings.noise(checkpoint) for settings in requests]
         self.notices: list[str] = []
+        if studio.limits.ram_bytes is not None:
+            keep_heap_small()
         self.plan = plan_of(studio, requests)
         self.phases = Phases(checkpoint, studio.device, self.plan)
         asked = studio.limits.budget_bytes

@@ -24,6 +24,7 @@ from zquant.memory.needs import Machine
 from zquant.quant.codec import dequantize
 
 __all__ = [
+    "keep_heap_small",
     "machine_of",
     "process_vram_bytes",
     "ram_available",
@@ -37,6 +38,8 @@ HEADROOM_SHARE = 0.1  # of what is available, left to others
 HEADROOM_RAM = 512 * MIB
 HEADROOM_VRAM = {True: 512 * MIB, False: 192 * MIB}  # Windows draws its desktop there
 CPU_LIBRARIES = 160 * MIB  # buffers of MKL and oneDNN, code that is loaded at the first product
+M_MMAP_THRESHOLD = -3  # of mallopt
+MAPPED_BYTES = 2 * MIB
 CONTEXT = 448 * MIB  # of CUDA, where the driver does not tell
 CONTEXT_GROWTH = 128 * MIB  # kernels that are loaded later, workspaces of libraries
 PINNED_SHARE = {True: 0.4, False: 0.75}  # of RAM: Windows pins no more than half of it
@@ -120,10 +123,25 @@ def ram_held() -> int:
 
 def trim_heap() -> None:
     """Let the C library give freed memory back to the system, where it is known to keep it."""
+    _glibc("malloc_trim", 0)
+
+
+def keep_heap_small() -> None:
+    """Let large tensors be mapped one by one, so that what is freed is given back at once.
+
+    By itself glibc raises the size from which it does so to 32 MiB, and activations fragment its
+    heap: half a GiB more than what is alive. Fresh pages cost time, so only who has a ceiling on
+    RAM wants this.
+    """
+    _glibc("mallopt", M_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
+def _glibc(name: str, *arguments: int) -> None:
+    """Call a function that glibc has, and musl and others lack."""
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from musl
-        if trim is not None:
-            trim(0)
+        function = getattr(ctypes.CDLL(None), name, None)
+        if function is not None:
+            function(*arguments)
 
 
 def _container_room() -> int:

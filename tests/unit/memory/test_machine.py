@@ -75,6 +75,30 @@ def test_a_heap_that_is_trimmed_is_given_back() -> None:
     assert len(last) == 100_000
 
 
+HEAP = """
+import torch
+from zquant.memory import machine
+if {small}:
+    machine.keep_heap_small()
+for _ in range(3):  # freeing raises the size from which glibc maps
+    torch.ones(7 * 2**20, dtype=torch.float32)
+kept = [torch.ones(2**20) for _ in range(50)]
+del kept[::2]
+print(machine.ram_held())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_a_small_heap_keeps_no_freed_tensors() -> None:
+    held = []
+    for small in (True, False):
+        code = HEAP.format(small=small)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        held.append(int(done.stdout))
+    assert held[1] - held[0] > 64 * MIB  # 25 freed tensors of 4 MiB
+
+
 def smi(monkeypatch: pytest.MonkeyPatch, output: str | Exception) -> int | None:
     def run(command: list[str], **_: Any) -> Any:
         if isinstance(output, Exception):

@@ -1,0 +1,208 @@
+"""Stages of a GPU session about whole models: made, converted, and painted within budgets.
+
+    WORK/checkpoint   official layout, BF16, 20.5 GB of random weights; gone when both models exist
+    WORK/Q8_0         converted on the GPU, 11 GB
+    WORK/Q4_K_M       likewise, 6 GB
+
+The work folder outlives the session: a stage does what is missing there, and goes on where it was
+stopped. A rehearsal has the tiny preset and a work folder of its own.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from gpu_run import Failed, Run, Skipped, say, tail
+
+__all__ = [
+    "ballast",
+    "checkpoint",
+    "convert_q4_k_m",
+    "convert_q8_0",
+    "streaming_q4_k_m",
+    "streaming_q8_0",
+]
+
+QTYPES = ("Q8_0", "Q4_K_M")
+PRESETS = {False: "full", True: "tiny"}  # by whether it is a rehearsal
+DISK_BYTES = {False: 40_000_000_000, True: 500_000_000}  # the checkpoint and both models
+BUDGETS = ("none", "2GiB", "3GiB", "4GiB", "6GiB", "8GiB")
+BALLAST_BUDGETS = ("2GiB", "4GiB")
+PICTURE = ("--width", "1024", "--height", "1024", "--steps", "8")
+REHEARSED = (
+    *("--width", "64", "--height", "64", "--steps", "2", "--budgets", "none", "1GiB"),
+    *("--compute-dtype", "float32"),
+)
+WEIGHTS = (".gguf", ".safetensors")
+SHOWN_LINES = 40
+
+
+def checkpoint(run: Run) -> dict[str, Any]:
+    """A checkpoint of the published size in the work folder, with random weights."""
+    folder, part = run.work / "checkpoint", run.work / "checkpoint.part"
+    made = sum(_n_bytes(run.work / qtype) for qtype in QTYPES)
+    if folder.is_dir() or all(_is_made(run, qtype) for qtype in QTYPES):
+        return {"made_before": True, "bytes": _n_bytes(folder), "models_bytes": made}
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
+    run.work.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(run.work).free, DISK_BYTES[run.rehearse] - made
+    if free < needed:
+        raise Failed(
+            f"{run.work}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; choose "
+            "another folder with --work"
+        )
+    seconds = _make(run, part, PRESETS[run.rehearse])
+    part.rename(folder)
+    return {"bytes": _n_bytes(folder), **_speed(_n_bytes(folder), seconds)}
+
+
+def convert_q8_0(run: Run) -> dict[str, Any]:
+    """The checkpoint becomes Q8_0, by the GPU; the tiny one by GPU and CPU, to the same bytes."""
+    return _convert(run, "Q8_0")
+
+
+def convert_q4_k_m(run: Run) -> dict[str, Any]:
+    """Likewise Q4_K_M, whose K types search for their scales."""
+    return _convert(run, "Q4_K_M")
+
+
+def streaming_q8_0(run: Run) -> Any:
+    """The memory plan kept, and its price, for the Q8_0 model within every budget."""
+    return _streaming(run, "Q8_0")
+
+
+def streaming_q4_k_m(run: Run) -> Any:
+    """Likewise for the Q4_K_M model."""
+    return _streaming(run, "Q4_K_M")
+
+
+def ballast(run: Run) -> Any:
+    """Both models with the rest of the VRAM taken, so that only the budget is there."""
+    if run.rehearse:
+        raise Skipped("a rehearsal: there is no VRAM to fill")
+    words = (*(_model(run, qtype) for qtype in QTYPES), "--ballast", *PICTURE)
+    return _benchmark(run, *words, "--budgets", *BALLAST_BUDGETS)
+
+
+def _make(run: Run, folder: Path, preset: str) -> float:
+    """Write a checkpoint; seconds."""
+    say(f"  making the {preset} checkpoint")
+    start = time.monotonic()
+    words = (str(folder), "--preset", preset, "--dtype", "bfloat16")
+    run.loud = preset == "full"
+    if trouble := run.python("tools/make_checkpoint.py", *words, **_few_threads(run)).trouble:
+        raise Failed(f"make_checkpoint: {trouble}")
+    return time.monotonic() - start
+
+
+def _convert(run: Run, qtype: str) -> dict[str, Any]:
+    """Convert what is not converted; the checkpoint goes when nothing needs it any more."""
+    result: dict[str, Any] = {"same_bytes": _same_bytes(run, qtype)}
+    source, folder = run.work / "checkpoint", run.work / qtype
+    if _is_made(run, qtype):
+        result["made_before"] = True
+    else:
+        if not source.is_dir():
+            raise Failed(f"{source} is missing; run: checkpoint --again", result)
+        read = _n_bytes(source)
+        manifest, seconds, place = _converted(run, source, folder, qtype, run.device)
+        n_weights = sum(file["weights"] for file in manifest["files"].values())
+        result |= {"place": place, "source_bytes": read, "weights": n_weights}
+        result |= _speed(read, seconds)
+        result["gweights_s"] = round(n_weights / seconds / 1e9, 3)
+    result["files"] = json.loads((folder / "model.json").read_text("utf-8"))["files"]
+    if all(_is_made(run, each) for each in QTYPES):
+        shutil.rmtree(source, ignore_errors=True)
+    return result
+
+
+def _same_bytes(run: Run, qtype: str) -> dict[str, str]:
+    """SHA-256 of the tiny model's files, which are the same by GPU and CPU.
+
+    Raises:
+        Failed: they are not.
+    """
+    with TemporaryDirectory(dir=run.work if run.work.is_dir() else None) as name:
+        tiny = Path(name, "checkpoint")
+        _make(run, tiny, "tiny")
+        found = []
+        for i, device in enumerate((run.device, "cpu")):
+            folder = Path(name, str(i))
+            _converted(run, tiny, folder, qtype, device)
+            files = sorted(p for p in folder.iterdir() if p.suffix in WEIGHTS)
+            found.append({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files})
+    ours, theirs = found
+    if not ours or ours != theirs:
+        names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        raise Failed(f"tiny {qtype}: {', '.join(names)} differ by {run.device} and cpu", found)
+    return ours
+
+
+def _converted(
+    run: Run, source: Path, folder: Path, qtype: str, device: str
+) -> tuple[dict[str, Any], float, str]:
+    """The manifest, seconds, and where it says that it quantized."""
+    say(f"  converting {source.name} to {qtype} on {device}")
+    start = time.monotonic()
+    words = (str(source), str(folder), "--qtype", qtype, "--device", device, "--json", "--resume")
+    done = run.python("-m", "zquant", "convert", *words, **_few_threads(run))
+    if done.trouble:
+        raise Failed(f"zquant convert to {qtype} on {device}: {done.trouble}")
+    manifest: dict[str, Any] = done.document()
+    return manifest, time.monotonic() - start, " ".join(tail(done.stderr, 1))
+
+
+def _streaming(run: Run, qtype: str) -> Any:
+    words = REHEARSED if run.rehearse else (*PICTURE, "--budgets", *BUDGETS)
+    return _benchmark(run, _model(run, qtype), *words)
+
+
+def _benchmark(run: Run, *words: str) -> Any:
+    """The document of benchmarks/streaming.py.
+
+    Raises:
+        Failed: it found something wrong, or ended without one.
+    """
+    run.loud = not run.rehearse
+    words = (*words, "--device", run.device)
+    done = run.python("benchmarks/streaming.py", *words, **_few_threads(run))
+    try:
+        document = done.document()
+    except Failed as failed:
+        raise Failed(str(failed), tail(done.stderr, SHOWN_LINES)) from failed
+    if done.code:
+        raise Failed("; ".join(document["failures"]) or done.trouble, document)
+    return document
+
+
+def _model(run: Run, qtype: str) -> str:
+    """Its folder.
+
+    Raises:
+        Failed: it is not there.
+    """
+    if not _is_made(run, qtype):
+        stages = f"checkpoint convert-{qtype.lower()} --again"
+        raise Failed(f"{run.work / qtype} is not a model yet; run: {stages}")
+    return str(run.work / qtype)
+
+
+def _is_made(run: Run, qtype: str) -> bool:
+    return (run.work / qtype / "model.json").is_file()
+
+
+def _n_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _speed(n_bytes: int, seconds: float) -> dict[str, float]:
+    return {"seconds": round(seconds, 1), "gb_s": round(n_bytes / seconds / 1e9, 3)}
+
+
+def _few_threads(run: Run) -> dict[str, str]:
+    """Small operations are slower with many."""
+    return {"OMP_NUM_THREADS": "1"} if run.rehearse else {}
