@@ -38,6 +38,7 @@ from zquant import Engine, RunResult
 from zquant.layers.compute import Compute
 from zquant.layers.linear import QuantLinear
 from zquant.memory.device import probe
+from zquant.models.checkpoint import Checkpoint, model_files
 from zquant.models.config import DiTConfig
 from zquant.models.dit_block import Block
 from zquant.quant.codec import quantize
@@ -156,9 +157,9 @@ def paint(
 ) -> tuple[list[RunResult], dict[str, Any]]:
     """Every prompt once, and the verdicts."""
     painted: list[RunResult] = []
-    with closing(Engine.open(folder, device="cpu", compute_dtype="float32")) as engine:
-        device = probe("cpu", "float32")
-        engine.device = replace(device, paths=replace(device.paths, compute=compute))
+    device = probe("cpu", "float32")
+    device = replace(device, paths=replace(device.paths, compute=compute))
+    with closing(Engine(Checkpoint(model_files(folder, {}, None)), device)) as engine:
         judged = measure(engine, cases, steps=8, each=lambda result, _: painted.append(result))
     return painted, judged
 
