@@ -27,6 +27,7 @@ COMMANDS = {  # name: (module, one line of help)
     "convert": ("zquant.cli.convert", "make a quantized model folder from an original checkpoint"),
     "run": ("zquant.cli.run", "paint a picture from a prompt"),
     "plan": ("zquant.cli.plan", "show the memory and time a picture takes, without painting it"),
+    "bench": ("zquant.cli.bench", "measure speed and memory, or what a picture costs"),
     "doctor": ("zquant.cli.doctor", "show what this machine has and which kernels it runs"),
     "inspect": ("zquant.cli.inspect_file", "show what is in a model, weights file or picture"),
 }
