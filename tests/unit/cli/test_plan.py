@@ -35,14 +35,14 @@ def test_a_table_per_phase(toy_folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_json_adds_up(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("a red fox", "--json", "--max-ram", "6GiB", "--guidance-scale", "2")
+    words = ("a red fox", "--json", "--max-ram", "60GiB", "--guidance-scale", "2")
     assert plan(toy_folder, *words) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["kind"] == "plan"
-    assert document["max_ram_bytes"] == 6 * 2**30
+    assert document["max_ram_bytes"] == 60 * 2**30
     assert document["picture"]["n_prompts"] == 2
     for phase in document["phases"]:
-        assert sum(phase["device"].values()) == phase["device_bytes"] <= 6 * 2**30
+        assert sum(phase["device"].values()) == phase["device_bytes"] <= 60 * 2**30
     assert document["predicted_host_bytes"] == max(p["host_bytes"] for p in document["phases"])
 
 
