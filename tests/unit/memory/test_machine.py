@@ -84,7 +84,7 @@ print(machine.ram_held() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_what_the_process_holds_grows_with_what_it_touches() -> None:
-    assert 64 * MIB <= printed(TOUCH) < 80 * MIB
+    assert 60 * MIB < printed(TOUCH) < 120 * MIB  # the kernel counts in batches
     assert machine.ram_held() < machine.ram_total()
 
 
