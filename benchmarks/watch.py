@@ -8,7 +8,6 @@ mapped files included, that the kernel has noted for the process itself.
 `Gpu` can also hold VRAM, so that another process finds only so much of it free.
 """
 
-import ctypes
 import threading
 import time
 from pathlib import Path
@@ -17,25 +16,12 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from zquant.bench.watch import Nvml
+
 __all__ = ["Gpu", "Watch"]
 
 PERIOD_S = 0.02
 PAGE = 2**21  # bytes by which the driver hands out VRAM
-N_PROCESSES = 256
-
-
-class _Process(ctypes.Structure):
-    """`nvmlProcessInfo_t` of `nvmlDeviceGetComputeRunningProcesses_v3`."""
-
-    _fields_ = (
-        ("pid", ctypes.c_uint),
-        ("used", ctypes.c_ulonglong),
-        ("gpu_instance", ctypes.c_uint),
-        ("compute_instance", ctypes.c_uint),
-    )
-
-
-NOT_KNOWN = 2**64 - 1  # NVML_VALUE_NOT_AVAILABLE
 
 
 class Gpu:
@@ -43,40 +29,22 @@ class Gpu:
 
     Attributes:
         device: of torch.
-        reason: why NVML does not say what a process holds; empty where it does.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.reason = ""
         self._held: list[Tensor] = []
         self._lock = threading.Lock()
-        try:
-            self._nvml = ctypes.CDLL("libnvidia-ml.so.1")
-            self._handle = ctypes.c_void_p()
-            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-            self._call("nvmlInit_v2")
-            self._call("nvmlDeviceGetHandleByUUID", uuid, ctypes.byref(self._handle))
-        except (OSError, AttributeError, RuntimeError) as error:
-            self.reason = str(error)
+        self._nvml = Nvml(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
-    def _call(self, name: str, *arguments: object) -> None:
-        if code := getattr(self._nvml, name)(*arguments):
-            raise RuntimeError(f"{name} gave {code}")
+    @property
+    def reason(self) -> str:
+        """Why NVML does not say what a process holds; empty where it does."""
+        return self._nvml.reason
 
     def process_bytes(self, pid: int) -> int | None:
         """VRAM of a process, its context included; None where NVML does not list it."""
-        if self.reason:
-            return None
-        n, found = ctypes.c_uint(N_PROCESSES), (_Process * N_PROCESSES)()
-        name = "nvmlDeviceGetComputeRunningProcesses_v3"
-        try:
-            self._call(name, self._handle, ctypes.byref(n), ctypes.byref(found))
-        except (AttributeError, RuntimeError) as error:
-            self.reason = str(error)
-            return None
-        mine = [p.used for p in found[: n.value] if p.pid == pid and p.used != NOT_KNOWN]
-        return int(mine[0]) if mine else None
+        return self._nvml.process_bytes(pid)
 
     def free_bytes(self) -> int:
         """VRAM that nobody holds."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.unit.streaming_testing import GIB, MIB, Card, gpu_args, play, runs, subject, watch
+from zquant.bench import watch as vram
 from zquant.memory import machine
 
 
@@ -22,8 +23,8 @@ def test_nvml_says_what_a_process_holds(monkeypatch: pytest.MonkeyPatch) -> None
     gpu = watch.Gpu(torch.device("cuda"))
     assert [gpu.process_bytes(pid) for pid in (7, 8, 9, 10)] == [5 * GIB, 3 * GIB, None, None]
     # as the header has it: unsigned, 64 bits, twice unsigned
-    assert ctypes.sizeof(watch._Process) == 24
-    assert watch._Process.used.offset == 8
+    assert ctypes.sizeof(vram._Process) == 24
+    assert vram._Process.used.offset == 8
     card.code = 7
     assert gpu.process_bytes(7) is None
     assert gpu.reason == "nvmlDeviceGetComputeRunningProcesses_v3 gave 7"

@@ -68,11 +68,13 @@ class Products:
         rows: the tokens of the picture; fewer on a CPU that takes long for them.
         flop_s: in the compute dtype.
         int8_op_s: of int8 numbers; None where blocks compute exactly or torch cannot.
+        int8_reason: why torch cannot.
     """
 
     rows: int
     flop_s: float
     int8_op_s: float | None
+    int8_reason: str = ""
 
 
 def best_seconds(
@@ -151,17 +153,24 @@ def products_of(device: Device, config: DiTConfig, n_tokens: int) -> Products:
     x = torch.randn(rows, k, device=where).to(dtype)
     work = 2.0 * rows * n * k
     flop_s = work / best_seconds(lambda: x @ weight.t(), wait=wait)
-    int8 = work / _int8_seconds(x, weight, wait) if device.compute.int8 else None
-    return Products(rows=rows, flop_s=flop_s, int8_op_s=int8 or None)
+    if not device.compute.int8:
+        return Products(rows=rows, flop_s=flop_s, int8_op_s=None)
+    try:
+        int8 = work / _int8_seconds(x, weight, wait)
+    except RuntimeError as error:  # NotImplementedError is one
+        reason = str(error).split("\n")[0]
+        return Products(rows=rows, flop_s=flop_s, int8_op_s=None, int8_reason=reason)
+    return Products(rows=rows, flop_s=flop_s, int8_op_s=int8)
 
 
 def _int8_seconds(x: torch.Tensor, weight: torch.Tensor, wait: Callable[[], object]) -> float:
-    """Of the same product of int8 numbers; infinite where torch has none."""
+    """Of the same product of int8 numbers.
+
+    Raises:
+        RuntimeError: torch has none on this device.
+    """
     few, many = x.to(torch.int8), weight.to(torch.int8)
-    try:
-        return best_seconds(lambda: torch._int_mm(few, many.t()), wait=wait)
-    except (NotImplementedError, RuntimeError):
-        return float("inf")
+    return best_seconds(lambda: torch._int_mm(few, many.t()), wait=wait)
 
 
 def roofline(
@@ -190,6 +199,7 @@ def roofline(
         "product_rows": products.rows,
         "product_flop_s": products.flop_s,
         "product_int8_op_s": products.int8_op_s,
+        "product_int8_reason": products.int8_reason,
         "step_flop": passes * (linear + attention),
         **{f"{name}_s": value for name, value in seconds.items()},
         "roofline_s": max(seconds.values()),

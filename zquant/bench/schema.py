@@ -34,6 +34,7 @@ CEILING = {
     "product_rows": int,
     "product_flop_s": float,
     "product_int8_op_s": Maybe(float),
+    "product_int8_reason": str,
     "step_flop": float,
     "products_s": float,
     "weights_s": float,

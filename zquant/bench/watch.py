@@ -124,14 +124,19 @@ class Watch:
     @property
     def vram_bytes(self) -> int | None:
         """The process's, by the better witness."""
-        return self.growth_bytes if self.process_bytes is None else self.process_bytes
+        return self.growth_bytes if self._is_unlisted else self.process_bytes
+
+    @property
+    def _is_unlisted(self) -> bool:
+        """Whether NVML did not see the process, or fell silent before its end."""
+        return self.process_bytes is None or self._nvml is None or self._nvml.reason != ""
 
     @property
     def witness(self) -> str:
         """Who says `vram_bytes`; empty without a GPU."""
         if self._nvml is None:
             return ""
-        if self.process_bytes is not None:
+        if not self._is_unlisted:
             return "NVML, of the process"
         reason = self._nvml.reason or "NVML does not list the process"
         return f"growth of what is taken on the GPU ({reason})"

@@ -38,6 +38,7 @@ CEILING = {
     "product_rows": 64,
     "product_flop_s": 1e11,
     "product_int8_op_s": None,
+    "product_int8_reason": "",
     "step_flop": 1e11,
     "products_s": 1.0,
     "weights_s": 0.5,

@@ -216,5 +216,5 @@ def test_where_torch_has_no_int8_product_there_is_no_rate(
 
     monkeypatch.setattr(torch, "_int_mm", missing)
     found = products_of(probe("cpu", "float32", compute="int8"), CONFIG, 64)
-    assert found.int8_op_s is None
+    assert (found.int8_op_s, found.int8_reason) == (None, "no int8 here")
     assert found.flop_s > 0
