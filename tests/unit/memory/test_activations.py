@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoint_layout import CONFIGS, SHAPES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,19 +28,7 @@ from zquant.models.config import DiTConfig
 from zquant.models.dit_block import Block
 from zquant.quant.qtypes import QTYPES
 
-CONFIG = DiTConfig(
-    dim=3840,
-    n_layers=30,
-    n_refiner_layers=2,
-    n_heads=30,
-    in_channels=16,
-    patch_size=2,
-    cap_feat_dim=2560,
-    axes_dims=(32, 48, 48),
-    rope_theta=256.0,
-    norm_eps=1e-5,
-    t_scale=1000.0,
-)
+CONFIG = DiTConfig.from_shapes(dict(SHAPES["transformer"](CONFIGS["transformer"])), {})
 META = torch.device("meta")
 COMPUTES = {
     "bf16": Compute(dtype=torch.bfloat16),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_layout import CONFIGS, SHAPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,19 +20,7 @@ from zquant.models.config import DiTConfig, VAEConfig
 from zquant.models.vae_memory import fitting_rows, striped_bytes, weight_bytes, whole_bytes
 
 GIB, MIB = 2**30, 2**20
-DIT = DiTConfig(
-    dim=3840,
-    n_layers=30,
-    n_refiner_layers=2,
-    n_heads=30,
-    in_channels=16,
-    patch_size=2,
-    cap_feat_dim=2560,
-    axes_dims=(32, 48, 48),
-    rope_theta=256.0,
-    norm_eps=1e-5,
-    t_scale=1000.0,
-)
+DIT = DiTConfig.from_shapes(dict(SHAPES["transformer"](CONFIGS["transformer"])), {})
 BLOCK_WEIGHTS = 4 * 3840**2 + 3 * 3840 * 10240
 LAYER_WEIGHTS = 100_900_000
 BPW = {"Q4_K": 4.5, "Q6_K": 6.5625, "Q8_0": 8.5, "BF16": 16.0}
@@ -39,14 +28,7 @@ INT8 = Compute(dtype=torch.bfloat16, int8=True)
 EXACT = Compute(dtype=torch.float16)
 
 
-def flux_vae() -> VAEConfig:
-    import checkpoint_layout
-
-    shapes = dict(checkpoint_layout.SHAPES["vae"](checkpoint_layout.CONFIGS["vae"]))
-    return VAEConfig.from_shapes(shapes, {})
-
-
-FLUX = flux_vae()
+FLUX = VAEConfig.from_shapes(dict(SHAPES["vae"](CONFIGS["vae"])), {})
 
 
 def needs_of(picture: Picture, qtype: str = "Q4_K", compute: Compute = INT8) -> Needs:
