@@ -6,7 +6,9 @@ Every command runs in its own process; its time is wall time, its memory the pea
 it and its worker processes, mapped and shared pages included. The floor of a step is its
 multiplications at the rate this machine reaches on one of the model's own matrices, plus the
 expansion of every weight at the rate of the decoder alone; attention and elementwise work are not
-in the floor. The last line is one JSON document.
+in the floor. With `--sdcpp` and `--sdcpp-source`, a DiT in one file, stable-diffusion.cpp's converter
+is measured too (its arguments follow its documentation and are untested); it converts that file, zquant
+all three networks, so compare MB/s. The last line is one JSON document.
 """
 
 import argparse
@@ -32,6 +34,7 @@ BLOCK_WEIGHTS = 4 * DIM**2 + 3 * DIM * HIDDEN
 CAPTION_TOKENS = 32
 PROMPT = "a red fox in the snow, golden light, photograph"
 SCHEMA = "zquant-end-to-end-1"
+SDCPP_TYPES = {"Q8_0": "q8_0", "Q6_K": "q6_K", "Q4_K_S": "q4_K", "Q4_K_M": "q4_K", "Q4_0": "q4_0"}
 
 
 def main() -> int:
@@ -39,12 +42,14 @@ def main() -> int:
     args = _arguments()
     report: dict[str, Any] = {"schema": SCHEMA, "machine": machine(args.compute_dtype)}
     print(json.dumps(report["machine"], indent=1))
-    report["convert"] = []
+    report["convert"], report["peers_convert"] = [], []
     for qtype in args.qtypes:
         folder = args.work / qtype
         if not (args.keep and (folder / "model.json").is_file()):
             report["convert"].append(_convert(args.source, folder, qtype))
             _say(report["convert"][-1])
+        report["peers_convert"].append(_convert_by_sdcpp(args, qtype))
+        _say(report["peers_convert"][-1])
     report["run"] = []
     for qtype in args.qtypes:
         for size in args.sizes:
@@ -107,10 +112,15 @@ def _best(work: Any) -> float:
     return min(times)
 
 
-def _measured(words: list[str]) -> tuple[dict[str, Any], str]:
-    """Run a zquant command; its wall time, CPU time and peak memory, and what it printed."""
+def _zquant(*words: str) -> tuple[dict[str, Any], str]:
+    """`_measured` of a zquant command."""
+    figures, printed = _measured([sys.executable, "-m", "zquant", *words, "--json"])
+    return {"command": f"zquant {words[0]}", **figures}, printed
+
+
+def _measured(command: list[str]) -> tuple[dict[str, Any], str]:
+    """Run a command; its wall time, CPU time and peak memory, and what it printed."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "zquant", *words, "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     peaks = [0]
@@ -119,9 +129,8 @@ def _measured(words: list[str]) -> tuple[dict[str, Any], str]:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"zquant {' '.join(words)} ended with {process.returncode}")
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
     figures = {
-        "command": f"zquant {words[0]}",
         "wall_s": round(time.perf_counter() - start, 2),
         "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_rss_bytes": max(usage.ru_maxrss * 1024, max(peaks)),
@@ -145,9 +154,30 @@ def _watch(pid: int, peaks: list[int]) -> None:
 
 
 def _convert(source: Path, folder: Path, qtype: str) -> dict[str, Any]:
-    figures, printed = _measured(["convert", str(source), str(folder), "--qtype", qtype])
+    figures, printed = _zquant("convert", str(source), str(folder), "--qtype", qtype)
     files = json.loads(printed)["files"]
-    return {"qtype": qtype, **figures, "files": files}
+    rate = _rate([*source.rglob("*.safetensors")], figures)
+    return {"engine": "zquant", "qtype": qtype, **figures, **rate, "files": files}
+
+
+def _convert_by_sdcpp(args: argparse.Namespace, qtype: str) -> dict[str, Any]:
+    """stable-diffusion.cpp's conversion of one file, or why there is none."""
+    row = {"engine": "sdcpp", "qtype": qtype}
+    if args.sdcpp is None or args.sdcpp_source is None:
+        return {**row, "skipped": "no --sdcpp PATH and --sdcpp-source FILE"}
+    if (kind := SDCPP_TYPES.get(qtype)) is None:
+        return {**row, "skipped": f"it has no {qtype}"}
+    out = args.work / f"sdcpp-{kind}.gguf"
+    flags = {"--mode": "convert", "--model": args.sdcpp_source, "--output": out, "--type": kind}
+    words = [str(word) for flag in flags.items() for word in flag]
+    figures, _ = _measured([str(args.sdcpp), *words])
+    return {**row, **figures, **_rate([args.sdcpp_source], figures), "bytes": out.stat().st_size}
+
+
+def _rate(sources: list[Path], figures: dict[str, Any]) -> dict[str, Any]:
+    """What was read, and how fast."""
+    n_bytes = sum(path.stat().st_size for path in sources)
+    return {"source_bytes": n_bytes, "mb_s": round(n_bytes / figures["wall_s"] / 1e6, 1)}
 
 
 def _run(
@@ -164,7 +194,7 @@ def _run(
         "--compute-dtype": args.compute_dtype,
     }
     listed = [str(word) for flag in flags.items() for word in flag]
-    figures, printed = _measured(["run", PROMPT, *listed])
+    figures, printed = _zquant("run", PROMPT, *listed)
     timings = json.loads(printed)["timings"]
     steps = sorted(timings["steps"])
     floor = floor_seconds(size, qtype, rates)
@@ -181,9 +211,15 @@ def _run(
 
 
 def _say(row: dict[str, Any]) -> None:
+    if "skipped" in row:
+        print(f"convert {row['qtype']} by {row['engine']}: skipped, {row['skipped']}")
+        return
     peak = format_bytes(row["peak_rss_bytes"])
     if "size" not in row:
-        print(f"convert {row['qtype']}: {format_seconds(row['wall_s'])}, peak RSS {peak}")
+        print(
+            f"convert {row['qtype']} by {row['engine']}: {format_seconds(row['wall_s'])}, "
+            f"{row['mb_s']:.0f} MB/s read, peak RSS {peak}"
+        )
         return
     floor = row["floor"]["multiply_s"] + row["floor"]["expand_s"]
     print(
@@ -201,6 +237,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="*", type=int, default=[256, 512])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--compute-dtype", default="auto")
+    parser.add_argument("--sdcpp", type=Path, metavar="PATH", help="stable-diffusion.cpp's sd-cli")
+    parser.add_argument("--sdcpp-source", type=Path, metavar="FILE", help="a DiT in one file")
     parser.add_argument("--keep", action="store_true", help="use converted folders that exist")
     parser.add_argument("--out", type=Path, help="write the document here as well")
     return parser.parse_args()

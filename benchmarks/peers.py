@@ -332,8 +332,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report: dict[str, Any] = {
             "schema": SCHEMA,
             "machine": describe_machine() | {"threads": torch.get_num_threads()},
-            "command": shlex.join(sys.argv),
-            "settings": vars(args),
+            "command": shlex.join(["benchmarks/peers.py", *map(_name, argv or sys.argv[1:])]),
+            "settings": {key: _told(value) for key, value in vars(args).items()},
             "reference": "zquant, float32, on the checkpoint",
             "versions": {"sdcpp": _sdcpp_version(args.sdcpp)},
             "ceilings": [ceiling(bench.dit, size, args.device) for size in args.sizes],
@@ -346,10 +346,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         report["versions"] |= row.pop("versions", {})
     print(table(report["rows"]))
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1, default=str) + "\n", "utf-8")
-    print(json.dumps(report, default=str))
+        args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    print(json.dumps(report))
     ours = [row for row in report["rows"] if row["engine"] in ("zquant", "reference")]
     return int(any(row["status"] != "ok" for row in ours))
+
+
+def _name(word: str) -> str:
+    """A path without its folders: they say nothing about the result."""
+    return Path(word).name if "/" in word else word
+
+
+def _told(value: Any) -> Any:
+    """A setting for the document."""
+    if isinstance(value, list):
+        return [_told(each) for each in value]
+    return value.name if isinstance(value, Path) else value
 
 
 def _sdcpp_version(program: Path | None) -> str | None:

@@ -1,6 +1,6 @@
-"""Stages of a GPU session about whole models: made, converted, and painted within budgets.
+"""Stages of a GPU session about whole models: made, converted, painted within budgets and by peers.
 
-    WORK/checkpoint   official layout, BF16, 20.5 GB of random weights; gone when both models exist
+    WORK/checkpoint   official layout, BF16, 20.5 GB of random weights
     WORK/Q8_0         converted on the GPU, 11 GB
     WORK/Q4_K_M       likewise, 6 GB
 
@@ -23,6 +23,7 @@ __all__ = [
     "checkpoint",
     "convert_q4_k_m",
     "convert_q8_0",
+    "peers",
     "streaming_q4_k_m",
     "streaming_q8_0",
 ]
@@ -37,6 +38,10 @@ REHEARSED = (
     *("--width", "64", "--height", "64", "--steps", "2", "--budgets", "none", "1GiB"),
     *("--compute-dtype", "float32"),
 )
+PEERS = ("--sizes", "1024", "512", "--steps", "8")
+PEERS_REHEARSED = (
+    *("--sizes", "64", "--steps", "2", "--dtype", "float32", "--compute-dtype", "float32"),
+)
 WEIGHTS = (".gguf", ".safetensors")
 SHOWN_LINES = 40
 
@@ -44,11 +49,11 @@ SHOWN_LINES = 40
 def checkpoint(run: Run) -> dict[str, Any]:
     """A checkpoint of the published size in the work folder, with random weights."""
     folder, part = run.work / "checkpoint", run.work / "checkpoint.part"
-    made = sum(_n_bytes(run.work / qtype) for qtype in QTYPES)
-    if folder.is_dir() or all(_is_made(run, qtype) for qtype in QTYPES):
-        return {"made_before": True, "bytes": _n_bytes(folder), "models_bytes": made}
+    if folder.is_dir():
+        return {"made_before": True, "bytes": _n_bytes(folder)}
     shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
     run.work.mkdir(parents=True, exist_ok=True)
+    made = sum(_n_bytes(run.work / qtype) for qtype in QTYPES)
     free, needed = shutil.disk_usage(run.work).free, DISK_BYTES[run.rehearse] - made
     if free < needed:
         raise Failed(
@@ -85,7 +90,13 @@ def ballast(run: Run) -> Any:
     if run.rehearse:
         raise Skipped("a rehearsal: there is no VRAM to fill")
     words = (*(_model(run, qtype) for qtype in QTYPES), "--ballast", *PICTURE)
-    return _benchmark(run, *words, "--budgets", *BALLAST_BUDGETS)
+    return _benchmark(run, "streaming", *words, "--budgets", *BALLAST_BUDGETS)
+
+
+def peers(run: Run) -> Any:
+    """The same picture by zquant and by every peer that is installed."""
+    words = (str(_checkpoint(run)), *(_model(run, qtype) for qtype in QTYPES))
+    return _benchmark(run, "peers", *words, *(PEERS_REHEARSED if run.rehearse else PEERS))
 
 
 def _make(run: Run, folder: Path, preset: str) -> float:
@@ -100,14 +111,13 @@ def _make(run: Run, folder: Path, preset: str) -> float:
 
 
 def _convert(run: Run, qtype: str) -> dict[str, Any]:
-    """Convert what is not converted; the checkpoint goes when nothing needs it any more."""
+    """Convert what is not converted."""
     result: dict[str, Any] = {"same_bytes": _same_bytes(run, qtype)}
-    source, folder = run.work / "checkpoint", run.work / qtype
+    folder = run.work / qtype
     if _is_made(run, qtype):
         result["made_before"] = True
     else:
-        if not source.is_dir():
-            raise Failed(f"{source} is missing; run: checkpoint --again", result)
+        source = _checkpoint(run)
         read = _n_bytes(source)
         manifest, seconds, place = _converted(run, source, folder, qtype, run.device)
         n_weights = sum(file["weights"] for file in manifest["files"].values())
@@ -115,8 +125,6 @@ def _convert(run: Run, qtype: str) -> dict[str, Any]:
         result |= _speed(read, seconds)
         result["gweights_s"] = round(n_weights / seconds / 1e9, 3)
     result["files"] = json.loads((folder / "model.json").read_text("utf-8"))["files"]
-    if all(_is_made(run, each) for each in QTYPES):
-        shutil.rmtree(source, ignore_errors=True)
     return result
 
 
@@ -158,25 +166,44 @@ def _converted(
 
 def _streaming(run: Run, qtype: str) -> Any:
     words = REHEARSED if run.rehearse else (*PICTURE, "--budgets", *BUDGETS)
-    return _benchmark(run, _model(run, qtype), *words)
+    return _benchmark(run, "streaming", _model(run, qtype), *words)
 
 
-def _benchmark(run: Run, *words: str) -> Any:
-    """The document of benchmarks/streaming.py.
+def _benchmark(run: Run, name: str, *words: str) -> Any:
+    """The document of a benchmark.
 
     Raises:
         Failed: it found something wrong, or ended without one.
     """
     run.loud = not run.rehearse
     words = (*words, "--device", run.device)
-    done = run.python("benchmarks/streaming.py", *words, **_few_threads(run))
+    done = run.python(f"benchmarks/{name}.py", *words, **_few_threads(run))
     try:
         document = done.document()
     except Failed as failed:
         raise Failed(str(failed), tail(done.stderr, SHOWN_LINES)) from failed
     if done.code:
-        raise Failed("; ".join(document["failures"]) or done.trouble, document)
+        raise Failed("; ".join(_failures(document)) or done.trouble, document)
     return document
+
+
+def _failures(document: dict[str, Any]) -> list[str]:
+    """What a benchmark found wrong: a list of its own, or rows that failed."""
+    rows = [row for row in document.get("rows", []) if row.get("status") == "failed"]
+    found: list[str] = document.get("failures", [])
+    return [*found, *(f"{row['label']} {row['size']}: {row['reason']}" for row in rows)]
+
+
+def _checkpoint(run: Run) -> Path:
+    """Its folder.
+
+    Raises:
+        Failed: it is not there.
+    """
+    folder = run.work / "checkpoint"
+    if not folder.is_dir():
+        raise Failed(f"{folder} is missing; run: checkpoint --again")
+    return folder
 
 
 def _model(run: Run, qtype: str) -> str:

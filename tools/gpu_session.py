@@ -8,7 +8,8 @@ print goes to `DIR/session.log`. A stage that is done is not run again. Exit cod
 2: there is no GPU. `--rehearse` runs everything small and on the CPU, to test this script.
 
 Stages about whole models keep them in a work folder, 40 GB while they are made; each needs those
-before it. A stage is a function that runs commands and returns its result, listed in `STAGES`.
+before it. Peers that are not installed are skipped with the reason: PYTHONPATH may name their wheels
+(diffusers, gguf). A stage is a function that runs commands and returns its result, listed in `STAGES`.
 """
 
 import argparse
@@ -39,6 +40,7 @@ STAGES: dict[str, Callable[[Run], Any]] = {
     "streaming-q8_0": models.streaming_q8_0,
     "streaming-q4_k_m": models.streaming_q4_k_m,
     "ballast": models.ballast,
+    "peers": models.peers,
 }
 
 

@@ -22,9 +22,10 @@ ROOT = Path(__file__).parents[2]
 WHOLE = list(gpu_session.STAGES)[4:]
 
 
-def parser_of_the_benchmark() -> Callable[[list[str]], argparse.Namespace]:
+def parser_of(name: str) -> Callable[[list[str]], argparse.Namespace]:
+    """Of a benchmark."""
     folder = ROOT / "benchmarks"
-    spec = importlib.util.spec_from_file_location("bench_streaming", folder / "streaming.py")
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -41,7 +42,9 @@ class Played:
         made: presets of checkpoints.
         conversions: asked for, by name of the source, qtype and device.
         benchmarks: asked for.
+        words: of the benchmark of peers.
         failures: that the benchmark finds.
+        rows: of the peers.
         device_shows: the bytes of a conversion depend on the device.
     """
 
@@ -49,9 +52,11 @@ class Played:
         self.made: list[str] = []
         self.conversions: list[tuple[str, str, str]] = []
         self.benchmarks: list[argparse.Namespace] = []
+        self.words: list[str] = []
         self.failures: list[str] = []
+        self.rows: list[dict[str, str]] = []
         self.device_shows = False
-        self.parse = parser_of_the_benchmark()
+        self.parse = parser_of("streaming")
 
     def __call__(self, run: Run, *words: str) -> Done:
         run.commands.append(" ".join(words))
@@ -62,6 +67,10 @@ class Played:
             return Done(0, "", "")
         if words[:3] == ("-m", "zquant", "convert"):
             return self.convert(list(words[3:]))
+        if words[0] == "benchmarks/peers.py":
+            self.words = list(words[1:])
+            wrong = any(row["status"] == "failed" for row in self.rows)
+            return Done(int(wrong), json.dumps({"rows": self.rows}) + "\n", "said\n")
         assert words[0] == "benchmarks/streaming.py"
         self.benchmarks.append(self.parse(list(words[1:])))
         document = json.dumps({"failures": self.failures})
@@ -109,16 +118,16 @@ def test_a_rehearsal_makes_converts_and_paints(tmp_path: Path, played: Played) -
     assert {args.device for args in played.benchmarks} == {"cpu"}
     assert found["convert-q8_0"]["result"]["weights"] == 7
     # the default work folder is for the full size
-    assert sorted(p.name for p in (tmp_path / "out/work").iterdir()) == ["Q4_K_M", "Q8_0"]
+    made = sorted(p.name for p in (tmp_path / "out/work").iterdir())
+    assert made == ["Q4_K_M", "Q8_0", "checkpoint"]
 
 
 def test_the_session_asks_for_full_size_on_the_gpu(run: Run, played: Played) -> None:
     found = models.checkpoint(run)
     assert found["bytes"] == 2
     models.convert_q8_0(run)
-    assert (run.work / "checkpoint").is_dir()  # the other conversion needs it
     models.convert_q4_k_m(run)
-    assert not (run.work / "checkpoint").exists()
+    assert (run.work / "checkpoint").is_dir()  # for peers
     assert played.made == ["full", "tiny", "tiny"]
     of_tiny = [("cuda", "cpu"), ("cuda", "cpu")]
     wanted = []
@@ -150,7 +159,7 @@ def test_what_is_there_is_not_made_again(run: Run, played: Played) -> None:
     models.convert_q8_0(run)
     assert models.convert_q8_0(run)["made_before"]
     models.convert_q4_k_m(run)
-    assert models.checkpoint(run)["made_before"]  # nobody needs it any more
+    assert models.checkpoint(run)["made_before"]
     assert played.made.count("full") == 1
     assert len(played.conversions) == 3 + 2 + 3
 
@@ -193,6 +202,26 @@ def test_what_the_benchmark_finds_fails_the_stage_and_is_kept(run: Run, played: 
     with pytest.raises(Failed, match=r"held 2.1 GiB of VRAM; another") as failed:
         models.streaming_q8_0(run)
     assert failed.value.result == {"failures": played.failures}
+
+
+def test_peers_paint_from_the_checkpoint_and_both_models(
+    run: Run, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.checkpoint(run)
+    models.convert_q8_0(run)
+    with pytest.raises(Failed, match="Q4_K_M is not a model yet"):
+        models.peers(run)
+    models.convert_q4_k_m(run)
+    played.rows = [{"label": "sdcpp", "size": "512", "status": "skipped", "reason": "absent"}]
+    assert models.peers(run) == {"rows": played.rows}
+    monkeypatch.setattr("zquant.models.checkpoint.model_files", lambda *_: None)
+    args = parser_of("peers")(played.words)
+    assert (args.device, args.sizes, args.steps) == ("cuda", [1024, 512], 8)
+    assert [p.name for p in (args.checkpoint, *args.models)] == ["checkpoint", *models.QTYPES]
+    played.rows.append({"label": "zquant", "size": "512", "status": "failed", "reason": "lost"})
+    with pytest.raises(Failed, match="zquant 512: lost") as failed:
+        models.peers(run)
+    assert failed.value.result == {"rows": played.rows}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ SOURCES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
 FLOORS = {
     "__main__": 13,
     "cli": 12,
-    **dict.fromkeys(["serve", "bench"], 11),
+    **dict.fromkeys(["serve", "bench", "calibrate", "verify"], 11),
     **dict.fromkeys(["engine", "convert", "report"], 10),
     "painting": 9,
     **dict.fromkeys(["phases", "settings"], 8),
