@@ -6,9 +6,9 @@ Every command runs in its own process; its time is wall time, its memory the pea
 it and its worker processes, mapped and shared pages included. The floor of a step is its
 multiplications at the rate this machine reaches on one of the model's own matrices, plus the
 expansion of every weight at the rate of the decoder alone; attention and elementwise work are not
-in the floor. With `--sdcpp` and `--sdcpp-source`, a DiT in one file, stable-diffusion.cpp's converter
-is measured too (its arguments follow its documentation and are untested); it converts that file, zquant
-all three networks, so compare MB/s. The last line is one JSON document.
+in the floor. With `--sdcpp` and `--sdcpp-source`, a DiT in one file, the converter of
+stable-diffusion.cpp is measured too (its arguments follow its documentation and are untested); it
+converts that file, zquant all three networks, so compare MB/s. The last line is one JSON document.
 """
 
 import argparse

@@ -8,8 +8,9 @@ print goes to `DIR/session.log`. A stage that is done is not run again. Exit cod
 2: there is no GPU. `--rehearse` runs everything small and on the CPU, to test this script.
 
 Stages about whole models keep them in a work folder, 40 GB while they are made; each needs those
-before it. Peers that are not installed are skipped with the reason: PYTHONPATH may name their wheels
-(diffusers, gguf). A stage is a function that runs commands and returns its result, listed in `STAGES`.
+before it. Peers that are not installed are skipped with the reason: PYTHONPATH may name their
+wheels (diffusers, gguf). A stage is a function that runs commands and returns its result, listed in
+`STAGES`.
 """
 
 import argparse
