@@ -38,6 +38,7 @@ N_SLOTS = 2
 N_RING = 2
 MARGIN_SHARE = 0.03  # of what a phase allocates: rounding and fragments of the allocator
 FRESH_S = 0.75e-9  # to touch a byte of fresh memory for the first time, measured on a CPU of 2021
+WORTH_EXPANDING = 0.1  # of the time of the products must be saved before RAM is filled for it
 MARGIN_BYTES = 48 * MIB  # and small tensors
 
 
@@ -226,8 +227,11 @@ class _Planner:
         """Resident blocks that `spare` bytes can hold in the compute dtype, and the extra bytes."""
         if not needs.expanded or streamed:
             return frozenset(), 0
-        saved = (needs.passes - 1) * needs.n_weights * self.machine.expand_s
-        if saved <= sum(needs.expanded) * FRESH_S:
+        machine = self.machine
+        saved = (needs.passes - 1) * needs.n_weights * machine.expand_s
+        saved -= sum(needs.expanded) * FRESH_S
+        multiplying = needs.passes * needs.flops / machine.flops if machine.flops else 0.0
+        if saved <= WORTH_EXPANDING * multiplying:
             return frozenset(), 0
         n = len(needs.blocks)
         extra = [e - b for e, b in zip(needs.expanded, needs.blocks, strict=True)]

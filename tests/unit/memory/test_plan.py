@@ -190,6 +190,16 @@ def test_expanding_must_pay_for_the_memory_it_touches() -> None:
         assert bool(plan.dit.expanded) == pays
 
 
+@pytest.mark.parametrize(("flops", "pays"), [(1.2e11, False), (5e11, True)])
+def test_ram_is_filled_only_for_a_tenth_of_the_time(flops: float, pays: bool) -> None:
+    needs = needs_of(square(256, steps=8))
+    expanded = tuple(4 * BLOCK_WEIGHTS for _ in range(32))
+    needs = replace(needs, dit=replace(needs.dit, expanded=expanded))
+    machine = card(0, is_gpu=False, expand_s=0.9e-9, flops=flops)
+    plan = make_plan(needs, machine, Limits(ram_bytes=40 * GIB))
+    assert bool(plan.dit.expanded) == pays
+
+
 def test_a_budget_beyond_what_is_free_is_what_is_free() -> None:
     plan = planned(1024, 3, budget_bytes=8 * GIB)
     assert plan.budget_bytes == 3 * GIB
