@@ -8,9 +8,9 @@ Ties round to even. `row_scales` finds the scales once per load, by `quantize_to
 expanding is one pass over the bytes. One scale per row costs 0.1 points on Q4_K's 7.1 % error. The
 weights must be finite.
 
-Bytes are read where they lie: qblocks of Q8_0, Q6_K, Q5_0 and Q4_0 are 2-byte aligned only, which
-costs a load per two to four weights instead of one per sixteen. The kernel is meant to wait for
-memory all the same, so nothing is repacked; no GPU has timed it yet.
+Bytes are read where they lie: qblocks of Q8_0, Q6_K, Q3_K, Q5_0, Q4_0 and IQ4_NL are 2-byte aligned
+only, which costs a load per two to eight weights instead of one per sixteen or more. The kernel is
+meant to wait for memory all the same, so nothing is repacked; no GPU has timed it yet.
 
 Source: symmetric per-row quantization as in SmoothQuant (arXiv 2211.10438), rotation as in QuaRot
 (arXiv 2404.00456).

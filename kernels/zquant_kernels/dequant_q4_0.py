@@ -11,7 +11,7 @@ import torch
 
 from zquant_kernels.runtime import tl, triton
 
-__all__ = ["QBLOCK", "QBLOCK_BYTES", "decode", "nibbles", "reference"]
+__all__ = ["QBLOCK", "QBLOCK_BYTES", "decode", "nibbles", "reference", "reference_nibbles"]
 
 QBLOCK = 32
 QBLOCK_BYTES = 18
@@ -21,14 +21,19 @@ def reference(packed: torch.Tensor) -> torch.Tensor:
     """float32 `[N, K]` weights of uint8 `packed [N, K / 32 * 18]`, in plain torch."""
     qblocks = packed.reshape(-1, QBLOCK_BYTES)
     d = qblocks[:, :2].contiguous().view(torch.float16).float()
-    q = torch.cat((qblocks[:, 2:] & 15, qblocks[:, 2:] >> 4), dim=1).float() - 8
+    q = reference_nibbles(qblocks[:, 2:]).float() - 8
     return (d * q).reshape(len(packed), -1)
+
+
+def reference_nibbles(qs: torch.Tensor) -> torch.Tensor:
+    """uint8 `[..., 32]`: the low halves of uint8 `qs [..., 16]`, then the high."""
+    return torch.cat((qs & 15, qs >> 4), dim=-1)
 
 
 @triton.jit
 def nibbles(at, mask):  # type: ignore[no-untyped-def]
-    """int32 `[T, 2, 16]`: the low halves of 16 bytes at pointers `at [T, 1, 1]`, then the high."""
-    qs = tl.load(at + tl.arange(0, 16), mask=mask, other=0).to(tl.int32)  # [T, 1, 16]
+    """int32 `[..., 2, 16]`: the low halves of 16 bytes at `at [..., 1, 1]`, then the high."""
+    qs = tl.load(at + tl.arange(0, 16), mask=mask, other=0).to(tl.int32)  # [..., 1, 16]
     return (qs >> (4 * tl.arange(0, 2)[:, None])) & 15
 
 

@@ -14,6 +14,7 @@ gguf-py.
 
 import torch
 
+from zquant_kernels.dequant_q4_1 import load_units
 from zquant_kernels.runtime import tl, triton
 
 __all__ = [
@@ -51,9 +52,7 @@ def reference_scales(qblocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 @triton.jit
 def load_scales(at, mask):  # type: ignore[no-untyped-def]
     """float32 `[T, 8, 1]` scales and minimums of the qblocks at pointers `at [T, 1, 1]`."""
-    halves = at.to(tl.pointer_type(tl.float16))
-    d = tl.load(halves, mask=mask, other=0.0).to(tl.float32)
-    dmin = tl.load(halves + 1, mask=mask, other=0.0).to(tl.float32)
+    d, dmin = load_units(at, mask)
     s = tl.arange(0, 8)[:, None]
     b = at + 4 + s % 4  # [T, 8, 1]
     low = tl.load(b, mask=mask, other=0).to(tl.int32)

@@ -6,10 +6,10 @@
 rounding, and rounded once to the dtype. The types are in `dequant_<type>.py`; one kernel serves all
 of them, told by its constants which `decode` to inline. BF16 and F16 are a cast, by torch.
 
-Bytes are read where they lie: most qblocks are 2-byte aligned only, so a load brings two bytes, or
-one where the tensor does not begin at a multiple of 16. Repacking them into aligned fields would
-cost a copy of every streamed block and save instructions of a kernel that is meant to wait for
-memory; no GPU has timed either.
+Bytes are read where they lie: qblocks of half the types are 2-byte aligned only, so a load brings
+two bytes, or one where the tensor does not begin at a multiple of 16. Repacking them into aligned
+fields would cost a copy of every streamed block and save instructions of a kernel that is meant to
+wait for memory; no GPU has timed either.
 
 Source: ggml's `dequantize_row_*`; the oracle in the tests is gguf-py.
 """
@@ -22,9 +22,15 @@ import torch
 
 from zquant_kernels import (
     dequant_float,
+    dequant_iq4_nl,
+    dequant_iq4_xs,
+    dequant_q2_k,
+    dequant_q3_k,
     dequant_q4_0,
+    dequant_q4_1,
     dequant_q4_k,
     dequant_q5_0,
+    dequant_q5_1,
     dequant_q5_k,
     dequant_q6_k,
     dequant_q8_0,
@@ -66,7 +72,13 @@ QTYPES = {
     "Q6_K": _source(dequant_q6_k),
     "Q5_K": _source(dequant_q5_k),
     "Q4_K": _source(dequant_q4_k),
+    "Q3_K": _source(dequant_q3_k),
+    "Q2_K": _source(dequant_q2_k),
+    "IQ4_XS": _source(dequant_iq4_xs),
+    "IQ4_NL": _source(dequant_iq4_nl),
+    "Q5_1": _source(dequant_q5_1),
     "Q5_0": _source(dequant_q5_0),
+    "Q4_1": _source(dequant_q4_1),
     "Q4_0": _source(dequant_q4_0),
     "BF16": Source(*_FLOAT, dequant_float.reference_bf16, dequant_float.decode_bf16),
     "F16": Source(*_FLOAT, dequant_float.reference_f16, dequant_float.decode_f16),

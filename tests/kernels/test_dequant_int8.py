@@ -8,7 +8,7 @@ from zquant_kernels.dequantize import QTYPES
 from zquant_kernels.dequantize import reference as decode
 
 from tests.kernels.kernel_testing import DEVICE, assert_same_bits, guarded, needs_launch
-from tests.kernels.test_dequantize import ordinary_rows
+from tests.kernels.test_dequantize import HALVES, ordinary_rows
 
 COLUMNS = 768  # three programs
 GROUPS = [0, *hadamard.GROUPS]
@@ -29,11 +29,10 @@ def rows_of(qtype: str, n: int, columns: int = COLUMNS) -> torch.Tensor:
         return packed_floats(qtype, values)
     packed = ordinary_rows(qtype, n, columns // QTYPES[qtype].qblock).numpy()
     qblocks = packed.reshape(n, -1, QTYPES[qtype].qblock_bytes)
-    at = 208 if qtype == "Q6_K" else 0
-    units = qblocks[:, :, at : at + (4 if qtype in ("Q4_K", "Q5_K") else 2)].view(np.float16)
-    units[0], units[1], units[-1] = 0, 2.0**-24, 1e-4
-    units[-1, 0] = 300
-    qblocks[:, :, at : at + 2 * units.shape[-1]] = units.view(np.uint8)
+    for at in HALVES.get(qtype, [0]):
+        units = qblocks[:, :, at : at + 2].view(np.float16)
+        units[0], units[1], units[-1] = 0, 2.0**-24, 1e-4
+        units[-1, 0] = 300
     return torch.from_numpy(packed).to(DEVICE)
 
 

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,16 @@ from zquant_kernels.dequantize import QTYPES, dequantize, reference
 from tests.kernels.kernel_testing import DEVICE, EXACT, assert_same_bits, guarded, needs_launch
 
 QUANTIZED = [name for name in QTYPES if name not in ("BF16", "F16")]
+HALVES = {  # where the float16 fields of a qblock are, unless there is one at its start
+    "Q6_K": [208],
+    "Q5_K": [0, 2],
+    "Q4_K": [0, 2],
+    "Q3_K": [108],
+    "Q2_K": [80, 82],
+    "Q5_1": [0, 2],
+    "Q4_1": [0, 2],
+}
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "ggml-golden.npz")
 numpy_warns = pytest.mark.filterwarnings(  # inf times 0, and scales past the largest float16
     "ignore:invalid value:RuntimeWarning", "ignore:overflow encountered:RuntimeWarning"
 )
@@ -28,8 +39,8 @@ def random_rows(qtype: str, rows: int, qblocks: int) -> torch.Tensor:
 def ordinary_rows(qtype: str, rows: int, qblocks: int) -> torch.Tensor:
     """Random bytes with no scale that is inf or NaN: their exponent's top bit is cleared."""
     packed = random_rows(qtype, rows, qblocks).numpy().reshape(rows, qblocks, -1)
-    high_bytes = {"Q6_K": [209], "Q5_K": [1, 3], "Q4_K": [1, 3]}.get(qtype, [1])
-    packed[:, :, high_bytes] &= 0xBF
+    for at in HALVES.get(qtype, [0]):
+        packed[:, :, at + 1] &= 0xBF
     return torch.from_numpy(packed.reshape(rows, -1))
 
 
@@ -90,6 +101,15 @@ def test_reference_equals_gguf_py(qtype, rows):
     assert expected.isfinite().all() == (rows is ordinary_rows)
 
 
+@pytest.mark.parametrize("name", ["edge", "gauss"])
+@pytest.mark.parametrize("qtype", QUANTIZED)
+def test_reference_equals_ggml_in_the_sign_of_zeros_too(qtype, name):
+    packed = torch.from_numpy(GOLDEN[f"bytes/{qtype}/{name}"])
+    expected = GOLDEN[f"decoded/{qtype}/{name}"]
+    decoded = reference(packed, qtype, torch.float32).numpy()
+    np.testing.assert_array_equal(decoded.view(np.uint32), expected.view(np.uint32))
+
+
 @pytest.mark.parametrize("qtype", ["BF16", "F16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_float_rows_are_cast(qtype, dtype):
@@ -112,7 +132,7 @@ def test_no_rows_give_no_rows():
         (torch.zeros(34, 34, dtype=torch.uint8).T, "Q8_0", torch.float32, "contiguous"),
         (torch.zeros(69, dtype=torch.uint8)[1:].view(2, 34), "Q8_0", torch.float32, "even address"),
         (torch.zeros(2, 34, dtype=torch.uint8), "Q8_0", torch.float64, "not torch.float64"),
-        (torch.zeros(2, 34, dtype=torch.uint8), "Q2_K", torch.float32, "Q8_0, .*not 'Q2_K'"),
+        (torch.zeros(2, 34, dtype=torch.uint8), "IQ1_S", torch.float32, "Q8_0, .*not 'IQ1_S'"),
     ],
     ids=["width", "rank", "int8", "strides", "address", "float64", "qtype"],
 )
