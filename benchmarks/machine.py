@@ -1,8 +1,10 @@
-"""What a benchmark ran on, for its document."""
+"""What a benchmark ran on and with, for its document."""
 
 import os
 import platform
+import shlex
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 
 import zquant
 
-__all__ = ["describe_machine"]
+__all__ = ["command_line", "describe_machine", "told"]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -28,6 +30,18 @@ def describe_machine() -> dict[str, Any]:
         "zquant": zquant.__version__,
         "commit": commit,
     }
+
+
+def command_line(program: str, words: Iterable[str]) -> str:
+    """A command without the folders of its paths, which say nothing about the result."""
+    return shlex.join([program, *(Path(w).name if "/" in w else w for w in words)])
+
+
+def told(value: Any) -> Any:
+    """A setting for a document, paths without their folders."""
+    if isinstance(value, list):
+        return [told(each) for each in value]
+    return value.name if isinstance(value, Path) else value
 
 
 def _cpu_name() -> str:

@@ -26,7 +26,6 @@ import argparse
 import hashlib
 import json
 import math
-import shlex
 import shutil
 import subprocess
 import sys
@@ -41,7 +40,7 @@ from typing import Any
 
 import torch
 from demo_quality import psnr_db, relative_l2
-from machine import describe_machine
+from machine import command_line, describe_machine, told
 from peer_workers import Job, measured
 from PIL import Image
 from watch import Gpu
@@ -332,8 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report: dict[str, Any] = {
             "schema": SCHEMA,
             "machine": describe_machine() | {"threads": torch.get_num_threads()},
-            "command": shlex.join(["benchmarks/peers.py", *map(_name, argv or sys.argv[1:])]),
-            "settings": {key: _told(value) for key, value in vars(args).items()},
+            "command": command_line("benchmarks/peers.py", argv or sys.argv[1:]),
+            "settings": {key: told(value) for key, value in vars(args).items()},
             "reference": "zquant, float32, on the checkpoint",
             "versions": {"sdcpp": _sdcpp_version(args.sdcpp)},
             "ceilings": [ceiling(bench.dit, size, args.device) for size in args.sizes],
@@ -350,18 +349,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(report))
     ours = [row for row in report["rows"] if row["engine"] in ("zquant", "reference")]
     return int(any(row["status"] != "ok" for row in ours))
-
-
-def _name(word: str) -> str:
-    """A path without its folders: they say nothing about the result."""
-    return Path(word).name if "/" in word else word
-
-
-def _told(value: Any) -> Any:
-    """A setting for the document."""
-    if isinstance(value, list):
-        return [_told(each) for each in value]
-    return value.name if isinstance(value, Path) else value
 
 
 def _sdcpp_version(program: Path | None) -> str | None:
