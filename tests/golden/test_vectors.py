@@ -37,6 +37,7 @@ class Filled:
 
     values: np.ndarray
     qtype: QType = QTYPES["F32"]
+    scaling: None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import torch
 
 __all__ = [
     "MIN_COLUMNS",
+    "QBLOCK",
     "Vector",
     "column_products",
     "column_sums",
@@ -24,27 +25,28 @@ __all__ = [
 
 Vector = npt.NDArray[np.float32]  # one number per group
 
-QBLOCK = 256  # weights per qblock of every K type
+QBLOCK = 256  # weights per qblock of every K type and IQ4_XS
 MIN_COLUMNS = 2  # of one column NumPy makes a contiguous vector and adds it pairwise
 
 
-def to_columns(weights: npt.NDArray[np.float32], group: int) -> torch.Tensor:
-    """Float32 `[N, K]`, K a multiple of 256, as `[256/group, group, n]`, a copy; n qblocks, n > 1.
+def to_columns(weights: npt.NDArray[np.float32], group: int, qblock: int = QBLOCK) -> torch.Tensor:
+    """Float32 `[N, K]`, K a multiple of `qblock`, as `[qblock/group, group, n]`, a copy.
 
-    A lone qblock is doubled, which `from_columns` undoes.
+    n is the number of qblocks, but at least 2: a lone qblock is doubled, which `from_columns`
+    undoes.
     """
-    qblocks = torch.from_numpy(weights).reshape(-1, QBLOCK)
+    qblocks = torch.from_numpy(weights).reshape(-1, qblock)
     if len(qblocks) < MIN_COLUMNS:
         qblocks = qblocks.repeat(MIN_COLUMNS, 1)
     return qblocks.t().contiguous().view(-1, group, len(qblocks))
 
 
 def from_columns(
-    fields: list[torch.Tensor], weights: npt.NDArray[np.float32]
+    fields: list[torch.Tensor], weights: npt.NDArray[np.float32], qblock: int = QBLOCK
 ) -> npt.NDArray[np.uint8]:
     """Byte rows of qblocks, uint8 `[.., n]` each, as what is stored for `weights`."""
     qblocks = torch.cat([field.reshape(-1, field.shape[-1]) for field in fields]).t().contiguous()
-    packed: npt.NDArray[np.uint8] = qblocks[: weights.size // QBLOCK].numpy()
+    packed: npt.NDArray[np.uint8] = qblocks[: weights.size // qblock].numpy()
     return packed.reshape(len(weights), -1)
 
 

@@ -11,75 +11,31 @@ Packing of the 12 bytes b, for j in 0..3 (bits from the least significant):
 Source: ggml `block_q4_K`, `get_scale_min_k4`, `quantize_row_q4_K_ref`.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from zquant.quant.columns import MIN_COLUMNS, column_sums, to_columns
-from zquant.quant.search import OffsetGrid, search_offset
+from zquant.quant.columns import column_sums
+from zquant.quant.offset_fit import OffsetForm, OffsetQBlocks
+from zquant.quant.search import OffsetGrid
 
-__all__ = ["SUBBLOCK", "OffsetQBlocks", "fit_offset_qblocks", "header", "read_scales"]
+__all__ = ["header", "k_form", "read_scales"]
 
 SUBBLOCK = 32  # weights that share one 6-bit scale
 TOP = 63  # largest 6-bit scale
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OffsetQBlocks:
-    """Fields of n qblocks before packing, qblocks last."""
-
-    d: torch.Tensor  # float16 [n]
-    dmin: torch.Tensor  # float16 [n]
-    scales: torch.Tensor  # uint8 [8, n]
-    mins: torch.Tensor  # uint8 [8, n]
-    q: torch.Tensor  # uint8 [8, 32, n]
+def k_form(grid: OffsetGrid) -> OffsetForm:
+    """How Q4_K and Q5_K are fitted, given the candidates of the search without importance."""
+    return OffsetForm(
+        subblock=SUBBLOCK, largest_scale=TOP, grid=grid, plain_costs=_plain_costs, spread=2
+    )
 
 
-def fit_offset_qblocks(weights: npt.NDArray[np.float32], grid: OffsetGrid) -> OffsetQBlocks:
-    """Quantize float32 `[N, K]`: search per sub-block, then 6-bit scales, then the levels."""
-    x = to_columns(weights, SUBBLOCK)
-    scale, minimum, _ = search_offset(x, _error_weights(x), grid)
-    d, scales = _six_bit(scale)
-    dmin, mins = _six_bit(minimum)
-    delta, theta = d.float() * scales, dmin.float() * mins
-    lost = delta == 0
-    kept = _search_levels(x.transpose(0, 1)[:, lost], grid) if lost.any() else None
-    delta.masked_fill_(lost, 1)
-    x.add_(theta[:, None]).div_(delta[:, None]).round_().clamp_(0, grid.top)
-    q = x.to(torch.int8).view(torch.uint8)  # torch converts to int8 six times as fast
-    if kept is not None:
-        q.transpose(0, 1)[:, lost] = kept
-    return OffsetQBlocks(d=d, dmin=dmin, scales=scales, mins=mins, q=q)
-
-
-def _error_weights(x: torch.Tensor) -> torch.Tensor:
+def _plain_costs(x: torch.Tensor) -> torch.Tensor:
     """Root mean square of the group plus the magnitude of the weight."""
-    weights = x * x
-    rms = np.sqrt(column_sums(weights) / np.float32(SUBBLOCK))
-    return torch.abs(x, out=weights).add_(torch.from_numpy(rms).unsqueeze(-2))
-
-
-def _six_bit(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eight values per qblock `[8, n]` as a float16 unit `[n]` and 6-bit multiples."""
-    largest = values.amax(dim=0).clamp_(min=0) + 0.0  # the sum turns -0 into +0
-    top = torch.tensor(float(TOP))
-    inverse = torch.div(top, largest).masked_fill_(largest == 0, 0)
-    multiples = (inverse * values).round_().to(torch.int32)
-    # ggml keeps them in a byte before limiting: a negative multiple becomes the largest
-    return largest.div(top).half(), multiples.bitwise_and_(255).clamp_(max=TOP).to(torch.uint8)
-
-
-def _search_levels(columns: torch.Tensor, grid: OffsetGrid) -> torch.Tensor:
-    """Levels of groups whose stored scale is 0: ggml keeps those of the search, uint8 `[32, n]`."""
-    count = columns.shape[1]
-    if count < MIN_COLUMNS:
-        columns = columns.repeat(1, MIN_COLUMNS)
-    columns = columns.contiguous()
-    _, _, levels = search_offset(columns, _error_weights(columns), grid, keep_levels=True)
-    assert levels is not None
-    return levels[:, :count].to(torch.uint8)
+    costs = x * x
+    rms = np.sqrt(column_sums(costs) / np.float32(SUBBLOCK))
+    return torch.abs(x, out=costs).add_(torch.from_numpy(rms).unsqueeze(-2))
 
 
 def header(fields: OffsetQBlocks) -> torch.Tensor:

@@ -5,31 +5,41 @@ encoder. Every policy keeps small or sensitive tensors wider.
 
 DiT (`layers`, `noise_refiner` and `context_refiner` are stacks of blocks):
 
-    tensor                    F32   F16   BF16  Q8_0  Q6_K  Q5_K_M Q4_K_M Q4_K_S Q4_0
-    1-D, norms, biases, pads  F32   F32   F32   F32   F32   F32    F32    F32    F32
+    tensor                    F32   F16   BF16  other policies
+    1-D, norms, biases, pads  F32   F32   F32   F32
     x_embedder, t_embedder,
-      final_layer             F32   F32   BF16  F32   F32   F32    F32    F32    F32
-    cap_embedder.1            F32   BF16  BF16  BF16  BF16  BF16   BF16   BF16   BF16
-    adaLN_modulation.0        F32   BF16  BF16  Q8_0  Q8_0  Q8_0   Q8_0   Q8_0   Q8_0
-    refiner matrices          F32   F16   BF16  Q8_0  Q6_K  Q6_K   Q6_K   Q5_K   Q8_0
-    feed_forward.w2           F32   F16   BF16  Q8_0  Q6_K  Q6_K   Q6_K   Q5_K   Q4_0
-    attention.qkv             F32   F16   BF16  Q8_0  Q6_K  Q6_K   Q5_K   Q4_K   Q4_0
-    other matrices            F32   F16   BF16  Q8_0  Q6_K  Q5_K   Q4_K   Q4_K   Q4_0
+      final_layer             F32   F32   BF16  F32
+    cap_embedder.1            F32   BF16  BF16  BF16
+    adaLN_modulation.0        F32   BF16  BF16  Q8_0
+    matrices of blocks        F32   F16   BF16  see below
 
-Text encoder:
+Text encoder: 1-D, norms and biases are F32, matrices as in the DiT's blocks. Quantized ones:
 
-    tensor                    F32   F16   BF16  Q8_0  Q6_K  Q5_K_M Q4_K_M Q4_K_S Q4_0
-    1-D, norms, biases        F32   F32   F32   F32   F32   F32    F32    F32    F32
-    token_embd                F32   F16   BF16  Q8_0  Q6_K  Q6_K   Q6_K   Q6_K   Q6_K
-    ffn_down                  F32   F16   BF16  Q8_0  Q6_K  Q6_K   Q6_K   Q5_K   Q4_0
-    attn_v                    F32   F16   BF16  Q8_0  Q6_K  Q6_K   Q6_K   Q4_K   Q4_0
-    other matrices            F32   F16   BF16  Q8_0  Q6_K  Q5_K   Q4_K   Q4_K   Q4_0
+                                             text encoder:
+    policy   refiners  w2     qkv    others  token_embd  ffn_down  attn_v  others
+    Q8_0     Q8_0      Q8_0   Q8_0   Q8_0    Q8_0        Q8_0      Q8_0    Q8_0
+    Q6_K     Q6_K      Q6_K   Q6_K   Q6_K    Q6_K        Q6_K      Q6_K    Q6_K
+    Q5_K_M   Q6_K      Q6_K   Q6_K   Q5_K    Q6_K        Q6_K      Q6_K    Q5_K
+    Q5_K_S   Q6_K      Q6_K   Q5_K   Q5_K    Q6_K        Q6_K      Q5_K    Q5_K
+    Q5_1     Q8_0      Q6_K   Q5_1   Q5_1    Q6_K        Q6_K      Q6_K    Q5_1
+    Q5_0     Q8_0      Q5_1   Q5_0   Q5_0    Q6_K        Q5_1      Q5_1    Q5_0
+    Q4_K_M   Q6_K      Q6_K   Q5_K   Q4_K    Q6_K        Q6_K      Q6_K    Q4_K
+    Q4_K_S   Q5_K      Q5_K   Q4_K   Q4_K    Q6_K        Q5_K      Q4_K    Q4_K
+    Q4_1     Q8_0      Q5_1   Q4_1   Q4_1    Q6_K        Q5_1      Q5_1    Q4_1
+    Q4_0     Q8_0      Q4_0   Q4_0   Q4_0    Q6_K        Q4_0      Q4_0    Q4_0
+    IQ4_NL   Q5_K      Q5_K   IQ4_NL IQ4_NL  Q6_K        Q5_K      Q5_K    IQ4_NL
+    IQ4_XS   Q5_K      Q5_K   IQ4_XS IQ4_XS  Q6_K        Q5_K      Q5_K    IQ4_XS
+    Q3_K_M   Q5_K      Q4_K   Q4_K   Q3_K    Q6_K        Q4_K      Q5_K    Q3_K
+    Q3_K_S   Q4_K      Q4_K   Q3_K   Q3_K    Q6_K        Q4_K      Q4_K    Q3_K
+    Q2_K     Q4_K      Q3_K   Q3_K   Q2_K    Q6_K        Q3_K      Q4_K    Q2_K
 
 Why: vectors and embedders are a thousandth of the file; timestep and modulation scale whole
 channels, so their error reaches every token; w2, ffn_down and values feed the residual stream
-directly and have the largest activations; the refiners' four blocks see every token once.
-BF16 where F16 could overflow: the caption projection and the modulation have large outputs. The
-BF16 policy keeps the published matrices as they are.
+directly and have the largest activations; the refiners' four blocks see every token once; a row of
+the token embedding is all that is known of a token. BF16 where F16 could overflow: the caption
+projection and the modulation have large outputs. The BF16 policy keeps the published matrices as
+they are. Below four bits every bit counts, so the steps are larger there; values are a fortieth of
+the text encoder and get two.
 
 A row that is not whole qblocks falls back: 256-weight types to Q8_0, then (and 32-weight types at
 once) to BF16. A user's override is not replaced: an impossible one is an error. Overrides to a
@@ -86,6 +96,18 @@ _RULES: dict[str, dict[Component, Rules]] = {
         "dit": _dit("Q5_K", refiners="Q6_K", w2="Q6_K", qkv="Q6_K"),
         "text_encoder": _text_encoder("Q5_K", embedding="Q6_K", down="Q6_K", value="Q6_K"),
     },
+    "Q5_K_S": {
+        "dit": _dit("Q5_K", refiners="Q6_K", w2="Q6_K"),
+        "text_encoder": _text_encoder("Q5_K", embedding="Q6_K", down="Q6_K"),
+    },
+    "Q5_1": {
+        "dit": _dit("Q5_1", refiners="Q8_0", w2="Q6_K"),
+        "text_encoder": _text_encoder("Q5_1", embedding="Q6_K", down="Q6_K", value="Q6_K"),
+    },
+    "Q5_0": {
+        "dit": _dit("Q5_0", refiners="Q8_0", w2="Q5_1"),
+        "text_encoder": _text_encoder("Q5_0", embedding="Q6_K", down="Q5_1", value="Q5_1"),
+    },
     "Q4_K_M": {
         "dit": _dit("Q4_K", refiners="Q6_K", w2="Q6_K", qkv="Q5_K"),
         "text_encoder": _text_encoder("Q4_K", embedding="Q6_K", down="Q6_K", value="Q6_K"),
@@ -94,9 +116,33 @@ _RULES: dict[str, dict[Component, Rules]] = {
         "dit": _dit("Q4_K", refiners="Q5_K", w2="Q5_K"),
         "text_encoder": _text_encoder("Q4_K", embedding="Q6_K", down="Q5_K"),
     },
+    "Q4_1": {
+        "dit": _dit("Q4_1", refiners="Q8_0", w2="Q5_1"),
+        "text_encoder": _text_encoder("Q4_1", embedding="Q6_K", down="Q5_1", value="Q5_1"),
+    },
     "Q4_0": {
         "dit": _dit("Q4_0", refiners="Q8_0"),
         "text_encoder": _text_encoder("Q4_0", embedding="Q6_K"),
+    },
+    "IQ4_NL": {
+        "dit": _dit("IQ4_NL", refiners="Q5_K", w2="Q5_K"),
+        "text_encoder": _text_encoder("IQ4_NL", embedding="Q6_K", down="Q5_K", value="Q5_K"),
+    },
+    "IQ4_XS": {
+        "dit": _dit("IQ4_XS", refiners="Q5_K", w2="Q5_K"),
+        "text_encoder": _text_encoder("IQ4_XS", embedding="Q6_K", down="Q5_K", value="Q5_K"),
+    },
+    "Q3_K_M": {
+        "dit": _dit("Q3_K", refiners="Q5_K", w2="Q4_K", qkv="Q4_K"),
+        "text_encoder": _text_encoder("Q3_K", embedding="Q6_K", down="Q4_K", value="Q5_K"),
+    },
+    "Q3_K_S": {
+        "dit": _dit("Q3_K", refiners="Q4_K", w2="Q4_K"),
+        "text_encoder": _text_encoder("Q3_K", embedding="Q6_K", down="Q4_K", value="Q4_K"),
+    },
+    "Q2_K": {
+        "dit": _dit("Q2_K", refiners="Q4_K", w2="Q3_K", qkv="Q3_K"),
+        "text_encoder": _text_encoder("Q2_K", embedding="Q6_K", down="Q3_K", value="Q4_K"),
     },
 }
 

@@ -5,7 +5,8 @@
 
 Scales and their formula are in `kscales.py`.
 
-Source: ggml `block_q4_K`, `quantize_row_q4_K_ref`, `dequantize_row_q4_K`.
+Source: ggml `block_q4_K`, `quantize_row_q4_K_ref`, `quantize_row_q4_K_impl`,
+`dequantize_row_q4_K`.
 """
 
 import numpy as np
@@ -13,17 +14,20 @@ import numpy.typing as npt
 import torch
 
 from zquant.quant.columns import from_columns
-from zquant.quant.kscales import fit_offset_qblocks, header, read_scales
+from zquant.quant.kscales import header, k_form, read_scales
+from zquant.quant.offset_fit import fit_offset_qblocks
 from zquant.quant.search import OffsetGrid
 
 __all__ = ["dequantize", "quantize"]
 
-GRID = OffsetGrid(top=15, first=-1, step=0.1, last_k=20)
+FORM = k_form(OffsetGrid(top=15, first=-1, step=0.1, last_k=20))
 
 
-def quantize(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+def quantize(
+    weights: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.uint8]:
     """Quantize float32 `[N, K]`, contiguous, K a multiple of 256, to uint8 `[N, 144*K/256]`."""
-    fields = fit_offset_qblocks(weights, GRID)
+    fields = fit_offset_qblocks(weights, FORM, importance)
     nibbles = (fields.q[1::2] << 4).bitwise_or_(fields.q[0::2])  # [4, 32, n]
     return from_columns([header(fields), nibbles], weights)
 

@@ -6,15 +6,17 @@
     q[e] = nibble of ql[64*n + 32*(k%2) + l] (low for k < 2, high otherwise)
            + 16 * (bits 2k and 2k+1 of qh[32*n + l])
 
-Source: ggml `block_q6_K`, `quantize_row_q6_K_ref`, `dequantize_row_q6_K`.
+Source: ggml `block_q6_K`, `quantize_row_q6_K_ref`, `quantize_row_q6_K_impl`,
+`dequantize_row_q6_K`.
 """
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from zquant.quant.columns import MIN_COLUMNS, from_columns, to_columns
-from zquant.quant.search import TINY, search_signed, signed_max
+from zquant.quant.columns import QBLOCK, from_columns, to_columns
+from zquant.quant.importance import importance_along
+from zquant.quant.search import TINY, lost_levels, search_signed, signed_max
 
 __all__ = ["dequantize", "quantize"]
 
@@ -23,19 +25,21 @@ HALF = 32  # levels are -32..31
 HIGH_SHIFTS = (4, 2, 0, -2)  # left shifts that bring bits 2k, 2k+1 to bits 4, 5
 
 
-def quantize(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+def quantize(
+    weights: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.uint8]:
     """Quantize float32 `[N, K]`, contiguous, K a multiple of 256, to uint8 `[N, 210*K/256]`."""
     x = to_columns(weights, SUBBLOCK)
-    scale, _ = search_signed(x, x * x, HALF)
+    w = x * x if importance is None else importance_along(x, importance, QBLOCK)
+    scale, _ = search_signed(x, w, HALF)
     d, scales, empty = _eight_bit(scale)
     delta = d.float() * scales
     lost = delta == 0
-    kept = _search_levels(x.transpose(0, 1)[:, lost]) if lost.any() else None
+    kept = lost_levels(x, w, lost, lambda x, w: search_signed(x, w, HALF, keep_levels=True)[1])
     delta.masked_fill_(lost, 1)
     x.div_(delta[:, None]).round_().clamp_(-HALF, HALF - 1)
     q = x.add_(HALF).to(torch.int8).view(torch.uint8)
-    if kept is not None:
-        q.transpose(0, 1)[:, lost] = kept
+    q.transpose(0, 1)[:, lost] = kept
     fields = [*_pack(q), scales.view(torch.uint8), d[:, None].view(torch.uint8).t()]
     if empty.any():
         for field in fields:
@@ -50,17 +54,6 @@ def _eight_bit(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     t = torch.div(torch.tensor(-128.0), largest.masked_fill_(empty, 1))
     multiples = (t * scale).round_().clamp_(max=127).to(torch.int8)
     return torch.div(torch.tensor(1.0), t).half(), multiples, empty
-
-
-def _search_levels(columns: torch.Tensor) -> torch.Tensor:
-    """Levels of groups whose stored scale is 0: ggml keeps those of the search, uint8 `[16, n]`."""
-    count = columns.shape[1]
-    if count < MIN_COLUMNS:
-        columns = columns.repeat(1, MIN_COLUMNS)
-    columns = columns.contiguous()
-    _, levels = search_signed(columns, columns * columns, HALF, keep_levels=True)
-    assert levels is not None
-    return levels[:, :count].to(torch.uint8)
 
 
 def _pack(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,8 +19,14 @@ __all__ = ["dequantize", "quantize"]
 BELOW_HALF = float(np.nextafter(np.float32(0.5), np.float32(0)))
 
 
-def quantize(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Quantize float32 `[N, K]`, contiguous, K a multiple of 32, to uint8 `[N, 34*K/32]`."""
+def quantize(
+    weights: npt.NDArray[np.float32],
+    importance: npt.NDArray[np.float32] | None = None,  # noqa: ARG001
+) -> npt.NDArray[np.uint8]:
+    """Quantize float32 `[N, K]`, contiguous, K a multiple of 32, to uint8 `[N, 34*K/32]`.
+
+    Rounding needs no search: `importance` is ignored, as in ggml.
+    """
     qblocks = torch.from_numpy(weights).reshape(-1, 32)
     scratch = qblocks.abs()
     d = torch.div(scratch.amax(dim=1, keepdim=True), torch.tensor(127.0))

@@ -7,7 +7,7 @@ Source: ggml `ggml_type` and `ggml-common.h`.
 
 from dataclasses import dataclass
 
-__all__ = ["QTYPES", "UNSUPPORTED_IDS", "QType", "qtype_by_id", "qtype_by_name"]
+__all__ = ["EIGHT_BIT", "QTYPES", "UNSUPPORTED_IDS", "QType", "qtype_by_id", "qtype_by_name"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,20 @@ class QType:
     @property
     def is_float(self) -> bool:
         """Plain F32, F16 or BF16."""
-        return self.qblock == 1
+        return self.qblock == 1 and self.ggml_id >= 0
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it can be decoded; integers and packed bytes of other containers cannot."""
+        return self.ggml_id >= 0 or self.name in EIGHT_BIT
+
+    def searched(self, *, importance: bool) -> bool:
+        """Whether quantizing tries several scales per qblock: slow, and worth all cores.
+
+        Args:
+            importance: whether importance is given; most types that only round search then.
+        """
+        return self.name in (_SEARCHED_BY_IMPORTANCE if importance else _SEARCHED)
 
     def row_bytes(self, n_weights: int) -> int:
         """Bytes of a row of `n_weights`.
@@ -47,6 +60,9 @@ class QType:
         return self.name
 
 
+_SEARCHED = {"Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS"}
+_SEARCHED_BY_IMPORTANCE = _SEARCHED | {"Q5_1", "Q5_0", "Q4_1", "Q4_0"}
+
 QTYPES = {
     q.name: q
     for q in (
@@ -57,26 +73,29 @@ QTYPES = {
         QType("Q6_K", 14, 256, 210),
         QType("Q5_K", 13, 256, 176),
         QType("Q4_K", 12, 256, 144),
+        QType("Q3_K", 11, 256, 110),
+        QType("Q2_K", 10, 256, 84),
+        QType("Q5_1", 7, 32, 24),
         QType("Q5_0", 6, 32, 22),
+        QType("Q4_1", 3, 32, 20),
         QType("Q4_0", 2, 32, 18),
+        QType("IQ4_NL", 20, 32, 18),
+        QType("IQ4_XS", 23, 256, 136),
     )
 }
 
+# one number per byte, scaled by another tensor if at all; read, never written; GGUF has no number
+EIGHT_BIT = {q.name: q for q in (QType(name, -1, 1, 1) for name in ("F8_E4M3", "F8_E5M2", "I8"))}
+
 UNSUPPORTED_IDS = {  # known to ggml, not readable by zquant
-    3: "Q4_1",
-    7: "Q5_1",
     9: "Q8_1",
-    10: "Q2_K",
-    11: "Q3_K",
     15: "Q8_K",
     16: "IQ2_XXS",
     17: "IQ2_XS",
     18: "IQ3_XXS",
     19: "IQ1_S",
-    20: "IQ4_NL",
     21: "IQ3_S",
     22: "IQ2_S",
-    23: "IQ4_XS",
     24: "I8",
     25: "I16",
     26: "I32",

@@ -27,6 +27,7 @@ DIT_SHAPES = {
     "layers.0.adaLN_modulation.0.weight": (15360, 256),
     "layers.0.adaLN_modulation.0.bias": (15360,),
 }
+OUT = "layers.0.attention.out.weight"
 TEXT_SHAPES = {
     "token_embd.weight": (151936, 2560),
     "output_norm.weight": (2560,),
@@ -37,58 +38,93 @@ TEXT_SHAPES = {
     "blk.0.ffn_gate.weight": (9728, 2560),
     "blk.0.ffn_down.weight": (2560, 9728),
 }
-COLUMNS = ["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_0"]
-ALL_F32 = "F32 F32 F32 F32 F32 F32 F32 F32 F32"
-EMBEDDER = "F32 F32 BF16 F32 F32 F32 F32 F32 F32"
-CAPTION = "F32 BF16 BF16 BF16 BF16 BF16 BF16 BF16 BF16"
-MODULATION = "F32 BF16 BF16 Q8_0 Q8_0 Q8_0 Q8_0 Q8_0 Q8_0"
-REFINER = "F32 F16 BF16 Q8_0 Q6_K Q6_K Q6_K Q5_K Q8_0"
-BASE = "F32 F16 BF16 Q8_0 Q6_K Q5_K Q4_K Q4_K Q4_0"
-DOWN = "F32 F16 BF16 Q8_0 Q6_K Q6_K Q6_K Q5_K Q4_0"
+COLUMNS = ["F32", "F16", "BF16"]
+ALL_F32 = "F32 F32 F32"
+EMBEDDER = "F32 F32 BF16"
+SAME = "F32 F16 BF16"
+# what differs between the quantized policies, in the order of `QUANTIZED_TABLE`
+REFINER, W2, QKV, DIT_BASE, EMBEDDING, DOWN, VALUE, TEXT_BASE = range(8)
+QUANTIZED_TABLE = {
+    "Q8_0": "Q8_0 Q8_0 Q8_0 Q8_0 Q8_0 Q8_0 Q8_0 Q8_0",
+    "Q6_K": "Q6_K Q6_K Q6_K Q6_K Q6_K Q6_K Q6_K Q6_K",
+    "Q5_K_M": "Q6_K Q6_K Q6_K Q5_K Q6_K Q6_K Q6_K Q5_K",
+    "Q5_K_S": "Q6_K Q6_K Q5_K Q5_K Q6_K Q6_K Q5_K Q5_K",
+    "Q5_1": "Q8_0 Q6_K Q5_1 Q5_1 Q6_K Q6_K Q6_K Q5_1",
+    "Q5_0": "Q8_0 Q5_1 Q5_0 Q5_0 Q6_K Q5_1 Q5_1 Q5_0",
+    "Q4_K_M": "Q6_K Q6_K Q5_K Q4_K Q6_K Q6_K Q6_K Q4_K",
+    "Q4_K_S": "Q5_K Q5_K Q4_K Q4_K Q6_K Q5_K Q4_K Q4_K",
+    "Q4_1": "Q8_0 Q5_1 Q4_1 Q4_1 Q6_K Q5_1 Q5_1 Q4_1",
+    "Q4_0": "Q8_0 Q4_0 Q4_0 Q4_0 Q6_K Q4_0 Q4_0 Q4_0",
+    "IQ4_NL": "Q5_K Q5_K IQ4_NL IQ4_NL Q6_K Q5_K Q5_K IQ4_NL",
+    "IQ4_XS": "Q5_K Q5_K IQ4_XS IQ4_XS Q6_K Q5_K Q5_K IQ4_XS",
+    "Q3_K_M": "Q5_K Q4_K Q4_K Q3_K Q6_K Q4_K Q5_K Q3_K",
+    "Q3_K_S": "Q4_K Q4_K Q3_K Q3_K Q6_K Q4_K Q4_K Q3_K",
+    "Q2_K": "Q4_K Q3_K Q3_K Q2_K Q6_K Q3_K Q4_K Q2_K",
+}
+# per tensor: its qtype in the float policies, and in the quantized ones or where to find it
 DIT_TABLE = {
-    **dict.fromkeys(DIT_SHAPES, ALL_F32),
-    "x_embedder.weight": EMBEDDER,
-    "t_embedder.mlp.0.weight": EMBEDDER,
-    "final_layer.linear.weight": EMBEDDER,
-    "final_layer.adaLN_modulation.1.weight": EMBEDDER,
-    "cap_embedder.1.weight": CAPTION,
-    "noise_refiner.0.adaLN_modulation.0.weight": MODULATION,
-    "layers.0.adaLN_modulation.0.weight": MODULATION,
-    "noise_refiner.1.attention.qkv.weight": REFINER,
-    "context_refiner.0.feed_forward.w2.weight": REFINER,
-    "layers.0.attention.qkv.weight": "F32 F16 BF16 Q8_0 Q6_K Q6_K Q5_K Q4_K Q4_0",
-    "layers.0.attention.out.weight": BASE,
-    "layers.0.feed_forward.w1.weight": BASE,
-    "layers.0.feed_forward.w2.weight": DOWN,
+    **dict.fromkeys(DIT_SHAPES, (ALL_F32, "F32")),
+    "x_embedder.weight": (EMBEDDER, "F32"),
+    "t_embedder.mlp.0.weight": (EMBEDDER, "F32"),
+    "final_layer.linear.weight": (EMBEDDER, "F32"),
+    "final_layer.adaLN_modulation.1.weight": (EMBEDDER, "F32"),
+    "cap_embedder.1.weight": ("F32 BF16 BF16", "BF16"),
+    "noise_refiner.0.adaLN_modulation.0.weight": ("F32 BF16 BF16", "Q8_0"),
+    "layers.0.adaLN_modulation.0.weight": ("F32 BF16 BF16", "Q8_0"),
+    "noise_refiner.1.attention.qkv.weight": (SAME, REFINER),
+    "context_refiner.0.feed_forward.w2.weight": (SAME, REFINER),
+    "layers.0.attention.qkv.weight": (SAME, QKV),
+    "layers.0.attention.out.weight": (SAME, DIT_BASE),
+    "layers.0.feed_forward.w1.weight": (SAME, DIT_BASE),
+    "layers.0.feed_forward.w2.weight": (SAME, W2),
 }
 TEXT_TABLE = {
-    **dict.fromkeys(TEXT_SHAPES, BASE),
-    "output_norm.weight": ALL_F32,
-    "blk.0.attn_k_norm.weight": ALL_F32,
-    "token_embd.weight": "F32 F16 BF16 Q8_0 Q6_K Q6_K Q6_K Q6_K Q6_K",
-    "blk.0.attn_v.weight": "F32 F16 BF16 Q8_0 Q6_K Q6_K Q6_K Q4_K Q4_0",
-    "blk.0.ffn_down.weight": DOWN,
+    **dict.fromkeys(TEXT_SHAPES, (SAME, TEXT_BASE)),
+    "output_norm.weight": (ALL_F32, "F32"),
+    "blk.0.attn_k_norm.weight": (ALL_F32, "F32"),
+    "token_embd.weight": (SAME, EMBEDDING),
+    "blk.0.attn_v.weight": (SAME, VALUE),
+    "blk.0.ffn_down.weight": (SAME, DOWN),
 }
+
+
+def expected(table, policy):
+    """The column of a table for one policy."""
+    column = {}
+    for name, (floats, quantized) in table.items():
+        if policy in COLUMNS:
+            column[name] = floats.split()[COLUMNS.index(policy)]
+        elif isinstance(quantized, str):
+            column[name] = quantized
+        else:
+            column[name] = QUANTIZED_TABLE[policy].split()[quantized]
+    return column
 
 
 def names(qtypes):
     return {name: qtype.name for name, qtype in qtypes.items()}
 
 
-def test_every_policy_has_a_column():
-    assert sorted(POLICIES) == sorted(COLUMNS)
+def test_every_policy_has_a_row_or_column():
+    assert sorted(POLICIES) == sorted([*COLUMNS, *QUANTIZED_TABLE])
 
 
-@pytest.mark.parametrize("policy", COLUMNS)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_dit_table(policy):
-    expected = {name: row.split()[COLUMNS.index(policy)] for name, row in DIT_TABLE.items()}
-    assert names(assign("dit", DIT_SHAPES, policy, ())) == expected
+    assert names(assign("dit", DIT_SHAPES, policy, ())) == expected(DIT_TABLE, policy)
 
 
-@pytest.mark.parametrize("policy", COLUMNS)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_text_encoder_table(policy):
-    expected = {name: row.split()[COLUMNS.index(policy)] for name, row in TEXT_TABLE.items()}
-    assert names(assign("text_encoder", TEXT_SHAPES, policy, ())) == expected
+    assert names(assign("text_encoder", TEXT_SHAPES, policy, ())) == expected(TEXT_TABLE, policy)
+
+
+@pytest.mark.parametrize("policy", QUANTIZED_TABLE)
+def test_nothing_is_narrower_than_the_rest_of_its_network(policy):
+    """And a token embedding has four bits at least, whatever the others have."""
+    row = [QTYPES[name].bpw for name in QUANTIZED_TABLE[policy].split()]
+    assert min(row[:TEXT_BASE]) == row[DIT_BASE] == row[TEXT_BASE]
+    assert row[EMBEDDING] >= QTYPES["Q4_K"].bpw
 
 
 def test_policy_names_ignore_case():
@@ -109,12 +145,14 @@ def test_unknown_policy_lists_the_known_ones():
         ("Q4_K_S", 100, "BF16"),
         ("Q8_0", 100, "BF16"),
         ("Q4_0", 100, "BF16"),
+        ("Q2_K", 96, "Q8_0"),
+        ("IQ4_XS", 96, "Q8_0"),
+        ("IQ4_NL", 96, "IQ4_NL"),
         ("F16", 100, "F16"),
     ],
 )
 def test_rows_that_do_not_divide_fall_back(policy, row, expected):
-    name = "layers.0.attention.out.weight"
-    assert names(assign("dit", {name: (8, row)}, policy)) == {name: expected}
+    assert names(assign("dit", {OUT: (8, row)}, policy)) == {OUT: expected}
 
 
 def test_the_first_matching_override_wins_over_the_rules():

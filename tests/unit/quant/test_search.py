@@ -1,5 +1,7 @@
 """What the searches rely on: sums in index order, and groups that do not influence each other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -79,16 +81,33 @@ def test_signed_fit_returns_levels_of_its_scale():
     assert (error.abs() <= scale[alive].abs() * 1.01).all()
 
 
-@pytest.mark.parametrize("qtype", ["Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("qtype", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 @pytest.mark.parametrize("n_lost", [1, 2, 5])
-def test_groups_whose_scale_is_lost_do_not_depend_on_their_number(qtype, n_lost):
+@pytest.mark.parametrize("importance", [None, np.ones(256, np.float32)], ids=["plain", "weighed"])
+def test_groups_whose_scale_is_lost_do_not_depend_on_their_number(qtype, n_lost, importance):
     """Groups too small for the shared scale keep the levels of the search, alone or together."""
     weights = np.random.default_rng(0).standard_normal((8, 256)).astype(np.float32)
     weights[:, :32] *= np.float32(1e-7)
     weights[n_lost:, :32] = 0
-    together = quantize(weights, QTYPES[qtype])
-    alone = np.concatenate([quantize(row[None], QTYPES[qtype]) for row in weights])
+    together = quantize(weights, QTYPES[qtype], importance)
+    alone = np.concatenate([quantize(row[None], QTYPES[qtype], importance) for row in weights])
     np.testing.assert_array_equal(together, alone)
     emptied = weights.copy()
     emptied[:, :32] = 0
-    assert (together != quantize(emptied, QTYPES[qtype])).any(axis=1).sum() == n_lost
+    changed = together != quantize(emptied, QTYPES[qtype], importance)
+    assert changed.any(axis=1).sum() == n_lost
+
+
+def test_absolute_error_is_another_fit_than_squared_error():
+    x = columns(64)
+    w = torch.ones_like(x)
+    grids = [replace(GRID, top=3, absolute=absolute) for absolute in (False, True)]
+    sums = []
+    for grid in grids:
+        scale, minimum, levels = search_offset(x, w, grid, keep_levels=True)
+        assert levels is not None
+        far = scale * levels - minimum - x
+        sums.append([float((far**2).sum()), float(far.abs().sum())])
+    (square, magnitude), (other_square, other_magnitude) = sums
+    assert square < other_square
+    assert other_magnitude < magnitude
