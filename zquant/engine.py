@@ -127,7 +127,9 @@ class Engine:
             notices.append(
                 "--budget is a ceiling on VRAM and changes nothing on a CPU; see --max-ram"
             )
-        return cls(Checkpoint(files), chosen, notices, limits=limits, cache=cache)
+        checkpoint = Checkpoint(files)
+        notices += checkpoint.notices
+        return cls(checkpoint, chosen, notices, limits=limits, cache=cache)
 
     def close(self) -> None:
         """Close all files."""

@@ -3,7 +3,8 @@
 `describe` gives one JSON document with a `kind`:
 
     picture  path, recipe
-    weights  path, container, n_tensors, n_weights, n_bytes, bpw, qtypes, metadata, tensors
+    weights  path, container, components, producer, variant, notes, n_tensors, n_weights, n_bytes,
+             bpw, qtypes, metadata, tensors
     model    path, model (what the folder says of itself), parts (weights without their tensors)
 
 Only headers are read. Long arrays are cut to their first values, in JSON too: a tokenizer inside a
@@ -21,6 +22,7 @@ from typing import Any
 from zquant.errors import FormatError
 from zquant.formats.detect import open_source
 from zquant.formats.model_folder import MANIFEST, find_model, model_folder
+from zquant.formats.producer import identify
 from zquant.formats.source import TensorInfo, WeightSource
 from zquant.image import read_recipe
 from zquant.units import format_bytes, format_count
@@ -97,6 +99,7 @@ def _weights_document(source: WeightSource, path: Path, *, with_contents: bool) 
         "kind": "weights",
         "path": str(path),
         "container": source.container,
+        **asdict(identify(source)),
         **_totals(infos),
         "qtypes": _per_qtype(infos),
     }
@@ -148,7 +151,9 @@ def _weights_lines(document: Mapping[str, Any]) -> list[str]:
         for t in document["tensors"]
     ]
     return [
-        *_pairs({"container": document["container"], **document["metadata"]}),
+        *_pairs({"container": document["container"], **_identity(document)}),
+        *[f"  note: {_clean(note)}" for note in document["notes"]],
+        *(["", *_pairs(document["metadata"])] if document["metadata"] else []),
         "",
         *_table(("qtype", *_TOTALS), qtypes, n_left=1),
         "",
@@ -156,12 +161,22 @@ def _weights_lines(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _identity(document: Mapping[str, Any]) -> dict[str, str]:
+    """What the file is, in words."""
+    holds = ", ".join(document["components"]) or "no part of a Z-Image model"
+    shown = {"holds": holds, "producer": document["producer"]}
+    return shown | ({"variant": document["variant"]} if document["variant"] else {})
+
+
 def _part_lines(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     rows = [
         [name, _clean(Path(part["path"]).name), _shown_qtypes(part), *_shown_totals(part)]
         for name, part in parts.items()
     ]
-    return _table(("part", "file", "qtypes", *_TOTALS), rows, n_left=3)
+    producers = {name: part["producer"] for name, part in parts.items()}
+    notes = [f"  note: {_clean(note)}" for part in parts.values() for note in part["notes"]]
+    table = _table(("part", "file", "qtypes", *_TOTALS), rows, n_left=3)
+    return [*table, "", "producers", *_pairs(producers), *notes]
 
 
 def _shown_totals(row: Mapping[str, Any]) -> list[str]:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from zquant.errors import CheckpointError
+from zquant.errors import CheckpointError, FormatError
+from zquant.formats.scales import with_scales
 from zquant.formats.source import TensorInfo, WeightSource
 from zquant.formats.spellings import (
     dit_file_names,
@@ -24,7 +26,10 @@ from zquant.formats.spellings import (
     vae_file_names,
     vae_official,
 )
+from zquant.formats.strays import is_stray
+from zquant.quant.codec import dequantize
 from zquant.quant.qtypes import QType
+from zquant.quant.scaled import Scaling
 
 __all__ = [
     "COMPONENTS",
@@ -32,6 +37,7 @@ __all__ = [
     "components_in",
     "dit_file_names",
     "dit_parts",
+    "strays_of",
     "text_encoder_file_names",
     "text_encoder_parts",
     "vae_file_names",
@@ -47,11 +53,11 @@ _OFFICIAL = {
     "vae": vae_official,
 }
 _PREFIXES = {  # of each component inside an all-in-one file
-    "dit": ("model.diffusion_model.",),
+    "dit": ("model.diffusion_model.", "diffusion_model.", "transformer."),
     "text_encoder": ("text_encoders.qwen3_4b.transformer.",),
     "vae": ("vae.", "first_stage_model."),
 }
-_ANY_PREFIX = ("model.diffusion_model.", "text_encoders.", "vae.", "first_stage_model.")
+_ANY_PREFIX = (*_PREFIXES["dit"], "text_encoders.", "vae.", "first_stage_model.")
 _TITLES = {"dit": "a Z-Image DiT", "text_encoder": "a Qwen3 text encoder", "vae": "a FLUX-type VAE"}
 _MARKERS = {  # tensors without which a file is not the component, and their number of dimensions
     "dit": {"layers.0.adaLN_modulation.0.weight": 2, "cap_embedder.1.weight": 2},
@@ -105,6 +111,26 @@ class Part:
             return self.info.offset
         return self.info.offset + self.rows[0] * (self.info.nbytes // self.info.shape[0])
 
+    @property
+    def scaling(self) -> Scaling | None:
+        """What the decoded rows of this part still need, on the CPU; None for most.
+
+        Raises:
+            FormatError: a scale is NaN or infinite.
+        """
+        scale = self.info.scale
+        if scale is None:
+            return None
+        stored = torch.from_numpy(scale.reader.read(scale.offset, scale.nbytes))
+        factors = dequantize(stored.view(1, -1), scale.qtype, torch.float32).view(-1)
+        if not factors.isfinite().all():
+            raise FormatError(
+                f"{scale.reader.name}: tensor {scale.name!r} holds NaN or infinity; expected "
+                "finite scales. The file is damaged; download it again."
+            )
+        whole = Scaling(factors, self.info.rotation)
+        return whole if self.rows is None else whole.of(slice(*self.rows))
+
     def raw(self) -> npt.NDArray[np.uint8]:
         """Stored bytes of this part, uint8 `[nbytes]`; a view where the file is mapped."""
         return self.info.reader.read(self.offset, self.nbytes)
@@ -152,6 +178,16 @@ def components_in(source: WeightSource) -> tuple[str, ...]:
     return tuple(c for c in COMPONENTS if not _missing_markers(c, _translated(c, source)))
 
 
+def strays_of(component: str, source: WeightSource) -> list[str]:
+    """Names in the file of the component's tensors that are left out because no network has them.
+
+    Raises:
+        FormatError: a weight is of a type or format that zquant cannot read.
+    """
+    tensors = with_scales(_of_component(component, source.tensors), source.metadata)
+    return [info.name for name, info in tensors.items() if is_stray(name, info)]
+
+
 def vae_file_shape(file_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """`shape` as latent-diffusion stores it: attention weights are 1x1 convolutions."""
     if len(shape) == 2 and _VAE_FILE_ATTENTION.fullmatch(file_name):
@@ -190,7 +226,8 @@ def _wrong_model(component: str, source: WeightSource, missing: str) -> str:
 
 def _translated(component: str, source: WeightSource) -> dict[str, Part]:
     """Parts of one component in file order, before any check that it is that component."""
-    tensors = _of_component(component, source.tensors)
+    tensors = with_scales(_of_component(component, source.tensors), source.metadata)
+    tensors = {name: info for name, info in tensors.items() if not is_stray(name, info)}
     parts: dict[str, Part] = {}
     for name, officials in _OFFICIAL[component](tensors).items():
         info = tensors[name]

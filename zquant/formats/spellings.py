@@ -35,7 +35,6 @@ _DIT_IN_BLOCK = {
 _DIT_IN_BLOCK_BACK = {theirs: ours for ours, theirs in _DIT_IN_BLOCK.items()}
 _FUSED = "attention.qkv.weight"
 _SPLIT = ("attention.to_q.weight", "attention.to_k.weight", "attention.to_v.weight")
-_DIT_STRAY = "norm_final.weight"  # some files carry it; the final norm has no weights
 
 _TEXT_TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -94,13 +93,11 @@ _BLOCKS = re.compile(r"(?:layers|blk|\w+_refiner)\.(\d+)\.(.+)")
 
 
 def dit_official(names: Iterable[str]) -> OfficialNames:
-    """Diffusers names for a DiT file's names: three for a fused weight, none for a stray tensor."""
+    """Diffusers names for a DiT file's names: three for a fused weight."""
     return {name: _dit_official(name) for name in names}
 
 
 def _dit_official(name: str) -> tuple[str, ...]:
-    if name == _DIT_STRAY:
-        return ()
     if block := _DIT_BLOCK.fullmatch(name):
         if block[2] == _FUSED:
             return tuple(block[1] + suffix for suffix in _SPLIT)

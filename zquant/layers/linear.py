@@ -16,16 +16,22 @@ from zquant_kernels.dequantize import QTYPES as INT8_SOURCES
 from zquant_kernels.matmul_int8 import matmul_int8
 
 from zquant.layers.compute import QuantTokens, Tokens
-from zquant.quant.codec import dequantize
 from zquant.quant.floats import FLOAT_DTYPES
 from zquant.quant.qtypes import QTYPES, QType
+from zquant.quant.scaled import Scaling, dequantize_scaled
 
 __all__ = ["QuantEmbedding", "QuantLinear", "quant_matmul", "slab_rows"]
 
 SLAB_WEIGHTS = 2**22  # weights expanded at a time on a CPU: 16 MiB of float32, half of a small L3
 
 
-def quant_matmul(x: Tensor, packed: Tensor, qtype: QType, out: Tensor | None = None) -> Tensor:
+def quant_matmul(
+    x: Tensor,
+    packed: Tensor,
+    qtype: QType,
+    out: Tensor | None = None,
+    scaling: Scaling | None = None,
+) -> Tensor:
     """`x @ weight.T` with `weight` expanded from `packed` to the dtype of `x`.
 
     Args:
@@ -33,13 +39,14 @@ def quant_matmul(x: Tensor, packed: Tensor, qtype: QType, out: Tensor | None = N
         packed: uint8 `[N, row_bytes]` of `qtype`, on the device of `x`.
         qtype: how the rows are stored.
         out: `[M, N]` in the dtype of `x`, columns contiguous, written and returned.
+        scaling: of the rows, on the device of `x`.
 
     Returns:
         `[M, N]` in the dtype of `x`.
     """
     n_rows, n_columns = len(packed), x.shape[1]
     out = x.new_empty(len(x), n_rows) if out is None else out
-    ready = FLOAT_DTYPES.get(qtype.name) == x.dtype
+    ready = scaling is None and FLOAT_DTYPES.get(qtype.name) == x.dtype
     slab = slab_rows(n_rows, n_columns, x.dtype, x.device)
     scratch = None if ready else x.new_empty(slab, n_columns)
     for start in range(0, n_rows, slab):
@@ -47,7 +54,8 @@ def quant_matmul(x: Tensor, packed: Tensor, qtype: QType, out: Tensor | None = N
         if scratch is None:
             weight = rows.view(x.dtype)
         else:
-            weight = dequantize(rows, qtype, x.dtype, out=scratch[: len(rows)])
+            part = scaling and scaling.of(slice(start, start + slab))
+            weight = dequantize_scaled(rows, qtype, x.dtype, part, out=scratch[: len(rows)])
         torch.mm(x, weight.t(), out=out[:, start : start + slab])
     return out
 
@@ -66,6 +74,7 @@ class QuantLinear(nn.Module):
         weight: uint8 `[out_features, row_bytes]`; on the meta device until it is loaded.
         bias: float32 `[out_features]` or None.
         qtype: how `weight` is stored.
+        scaling: what its decoded rows still need, on the device of the products; None for most.
         row_scale: float32 `[out_features]`, the int8 scale of every row; None before the first
             int8 product.
         group: of the rotation that `row_scale` is made with.
@@ -78,13 +87,14 @@ class QuantLinear(nn.Module):
         packed = torch.empty(out_features, 4 * in_features, dtype=torch.uint8)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.scaling: Scaling | None = None
         self.row_scale: Tensor | None = None
         self.group = 0
 
-    def load(self, packed: Tensor, qtype: QType) -> None:
+    def load(self, packed: Tensor, qtype: QType, scaling: Scaling | None = None) -> None:
         """Take `packed` (uint8 `[out_features, row_bytes]`) as the weight, without copying."""
         assert packed.shape == (self.out_features, qtype.row_bytes(self.in_features))
-        self.qtype = qtype
+        self.qtype, self.scaling = qtype, scaling
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.row_scale = None
 
@@ -96,6 +106,8 @@ class QuantLinear(nn.Module):
     def fits_int8(self) -> bool:
         """Whether int8 weights can be made of this storage."""
         source = INT8_SOURCES.get(self.qtype.name)
+        if self.scaling is not None:
+            return False
         return source is not None and self.in_features % max(source.qblock, CHUNK) == 0
 
     def use_int8(self, group: int) -> None:
@@ -116,7 +128,7 @@ class QuantLinear(nn.Module):
         if isinstance(x, QuantTokens):
             return self._int8(x, out)
         flat = x.reshape(-1, self.in_features)
-        out = quant_matmul(flat, self.weight, self.qtype, out)
+        out = quant_matmul(flat, self.weight, self.qtype, out, self.scaling)
         if self.bias is not None:
             out += self.bias.to(out.dtype)
         return out.view(*x.shape[:-1], self.out_features)
@@ -139,6 +151,7 @@ class QuantEmbedding(nn.Module):
     Attributes:
         weight: uint8 `[n_rows, row_bytes]`; stays in host memory (a mapped file) at all times.
         qtype: how `weight` is stored.
+        scaling: what its decoded rows still need, in host memory; None for most.
     """
 
     def __init__(self, n_rows: int, dim: int) -> None:
@@ -147,14 +160,17 @@ class QuantEmbedding(nn.Module):
         self.qtype = QTYPES["F32"]
         packed = torch.empty(n_rows, 4 * dim, dtype=torch.uint8)
         self.weight = nn.Parameter(packed, requires_grad=False)
+        self.scaling: Scaling | None = None
 
-    def load(self, packed: Tensor, qtype: QType) -> None:
+    def load(self, packed: Tensor, qtype: QType, scaling: Scaling | None = None) -> None:
         """Take `packed` (uint8 `[n_rows, row_bytes]`, host memory) as the table, not copied."""
         assert packed.shape == (self.out_features, qtype.row_bytes(self.in_features))
-        self.qtype = qtype
+        self.qtype, self.scaling = qtype, scaling
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """float32 `[T, dim]` rows of int64 `ids [T]`, on the device of `ids`."""
-        packed = self.weight[ids.to(self.weight.device)]
-        return dequantize(packed, self.qtype, torch.float32).to(ids.device)
+        ids_here = ids.to(self.weight.device)
+        part = self.scaling and self.scaling.of(ids_here)
+        rows = dequantize_scaled(self.weight[ids_here], self.qtype, torch.float32, part)
+        return rows.to(ids.device)

@@ -22,9 +22,9 @@ from zquant.memory.stream import BlockStream, StreamReport
 from zquant.models.build import packed
 from zquant.models.dit import DiT
 from zquant.models.text_encoder import TextEncoder
-from zquant.quant.codec import dequantize
 from zquant.quant.floats import FLOAT_DTYPES
 from zquant.quant.qtypes import QTYPES
+from zquant.quant.scaled import dequantize_scaled
 
 __all__ = ["Residency"]
 
@@ -123,4 +123,5 @@ class Residency:
         part.read_into(0, stored)
         rows = torch.from_numpy(stored).view(part.shape[0], -1)
         qtype = next(QTYPES[q] for q, dtype in FLOAT_DTYPES.items() if dtype == self._dtype)
-        linear.load(dequantize(rows, part.qtype, self._dtype).view(torch.uint8), qtype)
+        weights = dequantize_scaled(rows, part.qtype, self._dtype, part.scaling)
+        linear.load(weights.view(torch.uint8), qtype)

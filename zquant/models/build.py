@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from zquant.errors import CheckpointError
 from zquant.layers.linear import QuantEmbedding, QuantLinear
-from zquant.quant.codec import dequantize
 from zquant.quant.qtypes import QType
+from zquant.quant.scaled import Scaling, dequantize_scaled
 
 __all__ = ["Stored", "check_names", "expand", "load", "on_meta", "packed"]
 
@@ -30,6 +30,8 @@ class Stored(Protocol):
     def shape(self) -> tuple[int, ...]: ...  # noqa: D102 # torch order
     @property
     def qtype(self) -> QType: ...  # noqa: D102
+    @property
+    def scaling(self) -> Scaling | None: ...  # noqa: D102
 
     def raw(self) -> npt.NDArray[np.uint8]: ...  # noqa: D102 # [nbytes]
 
@@ -49,7 +51,7 @@ def expand(part: Stored, dtype: torch.dtype) -> Tensor:
     """The stored tensor in its own shape and `dtype`."""
     n_last = part.shape[-1] if part.shape[-1] % part.qtype.qblock == 0 else part.qtype.qblock
     rows = torch.from_numpy(part.raw()).view(-1, part.qtype.row_bytes(n_last))
-    return dequantize(rows, part.qtype, dtype).view(part.shape)
+    return dequantize_scaled(rows, part.qtype, dtype, part.scaling).view(part.shape)
 
 
 def load(
@@ -81,14 +83,14 @@ def load(
     for path, owner in module.named_modules():
         for leaf in [leaf for leaf, _ in owner.named_parameters(recurse=False)]:
             name = f"{path}.{leaf}" if path else leaf
-            part = parts[name]
+            part, home = parts[name], "cpu" if isinstance(owner, QuantEmbedding) else device
+            scaling = part.scaling and part.scaling.to(home)
             if leaf == "weight" and isinstance(owner, QuantLinear) and later(name):
                 row_bytes = part.qtype.row_bytes(part.shape[-1])
                 away = torch.empty(part.shape[0], row_bytes, dtype=torch.uint8, device="meta")
-                owner.load(away, part.qtype)
+                owner.load(away, part.qtype, scaling)
             elif leaf == "weight" and isinstance(owner, (QuantLinear, QuantEmbedding)):
-                keep = isinstance(owner, QuantEmbedding)
-                owner.load(packed(part).to("cpu" if keep else device), part.qtype)
+                owner.load(packed(part).to(home), part.qtype, scaling)
             else:
                 value = expand(part, dtype).to(device)
                 setattr(owner, leaf, nn.Parameter(value, requires_grad=False))

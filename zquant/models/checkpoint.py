@@ -23,6 +23,7 @@ from zquant.formats.model_folder import (
     source_metadata,
 )
 from zquant.formats.names import dit_parts, text_encoder_parts, vae_parts
+from zquant.formats.producer import rope_notice
 from zquant.layers.compute import Compute
 from zquant.models.build import check_names, load, on_meta
 from zquant.models.config import DiTConfig, TextEncoderConfig, VAEConfig
@@ -156,6 +157,12 @@ class Checkpoint:
         if self.files.tokenizer is not None:
             return Tokenizer(Vocabulary.from_folder(self.files.tokenizer))
         return Tokenizer(Vocabulary.bundled())
+
+    @property
+    def notices(self) -> list[str]:
+        """What the user should know about the files."""
+        notice = rope_notice(self.sources["text_encoder"].metadata)
+        return [notice] if notice else []
 
     @property
     def n_blocks(self) -> int:

@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -29,6 +28,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from zquant.errors import CheckpointError, FormatError
+from zquant.formats.remote import AnyPath
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -134,7 +134,7 @@ class Vocabulary:
         return _checked(cls(tokens=tokens, merges=merges, types=types), file)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Vocabulary":
+    def from_folder(cls, folder: AnyPath) -> "Vocabulary":
         """From an official `tokenizer/` folder: tokenizer.json, or vocab.json with its companions.
 
         Raises:
@@ -300,7 +300,7 @@ def _pair(merge: Any, file: str) -> tuple[str, str]:
     _refuse(file, f"merge {merge!r:.80} is not a pair of tokens")
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: AnyPath) -> str:
     try:
         return path.read_text("utf-8")
     except OSError as error:
@@ -309,7 +309,7 @@ def _read_text(path: Path) -> str:
         _refuse(str(path), f"is not UTF-8 ({error.reason} at byte {error.start})")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: AnyPath) -> dict[str, Any]:
     try:
         content = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
@@ -319,7 +319,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _listed(decoder: Any, file: Path) -> list[dict[str, Any]]:
+def _listed(decoder: Any, file: AnyPath) -> list[dict[str, Any]]:
     """`added_tokens_decoder` of tokenizer_config.json in the form of tokenizer.json."""
     if not isinstance(decoder, dict) or not all(isinstance(v, dict) for v in decoder.values()):
         _refuse(str(file.with_name("tokenizer_config.json")), "added_tokens_decoder is missing")

@@ -91,7 +91,9 @@ def like_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         out = torch.empty_like(g, dtype=dtype) if out is None else out
         return out, row_scale(g, dtype)
 
-    def dequantize(packed: Tensor, qtype: Any, dtype: Any, out: Any = None) -> Tensor:
+    def dequantize_scaled(
+        packed: Tensor, qtype: Any, dtype: Any, scaling: Any, out: Any = None
+    ) -> Tensor:
         assert out is not None
         return out
 
@@ -112,7 +114,7 @@ def like_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dit_block, "fused_qk", lambda *_: None)
     monkeypatch.setattr(swiglu_module, "fused_swiglu", fused_swiglu)
     monkeypatch.setattr(compute_module, "quantize_tokens", quantize_tokens)
-    for function in (dequantize, matmul_int8, dequant_int8):
+    for function in (dequantize_scaled, matmul_int8, dequant_int8):
         monkeypatch.setattr(linear_module, function.__name__, function)
 
 

@@ -20,6 +20,7 @@ class Stored:
     bytes: np.ndarray
     shape: tuple[int, ...]
     qtype: QType
+    scaling: None = None
 
     def raw(self) -> np.ndarray:
         return self.bytes

@@ -28,6 +28,7 @@ FLOAT16_MAX = 65504
 class Stored:
     values: np.ndarray
     qtype: QType = QTYPES["F32"]
+    scaling: None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
