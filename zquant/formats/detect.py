@@ -9,6 +9,7 @@ from pathlib import Path
 
 from zquant.errors import FormatError
 from zquant.formats.gguf_file import open_gguf
+from zquant.formats.remote import AnyPath
 from zquant.formats.safetensors_file import open_safetensors, open_sharded
 from zquant.formats.source import WeightSource
 
@@ -18,17 +19,18 @@ _EXPECTED = "Expected a .gguf or .safetensors file, or a folder with *.safetenso
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def open_source(path: str | Path) -> WeightSource:
+def open_source(path: str | AnyPath) -> WeightSource:
     """The tensors of `path`, headers read and checked.
 
     Args:
         path: a `.gguf` or `.safetensors` file under any name, a `*.safetensors.index.json`, or a
-            folder with exactly one index, or else with exactly one weight file.
+            folder with exactly one index, or else with exactly one weight file. Text is a path
+            here, never a URL.
 
     Raises:
         FormatError: nothing readable is there; the text says what is.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     if path.is_dir():
         return _open_folder(path)
     if not path.is_file():
@@ -48,11 +50,11 @@ def open_source(path: str | Path) -> WeightSource:
     raise FormatError(f"{path}: no known format, starts with {start[:8]!r}. {_EXPECTED}")
 
 
-def _open_folder(folder: Path) -> WeightSource:
+def _open_folder(folder: AnyPath) -> WeightSource:
     """A folder with one index, or with a single weight file."""
     if any(folder.glob("*.safetensors.index.json")):
         return open_sharded(folder)
-    found = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
+    found = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")], key=str)
     if len(found) == 1:
         return open_source(found[0])
     if found:
@@ -65,7 +67,10 @@ def _open_folder(folder: Path) -> WeightSource:
     raise FormatError(f"{folder}: no weights in this folder, found {shown}. {_EXPECTED}")
 
 
-def _start_of(path: Path) -> bytes:
+def _start_of(path: AnyPath) -> bytes:
+    if not isinstance(path, Path):
+        reader = path.open_file()
+        return reader.read(0, min(512, reader.size)).tobytes()
     try:
         with path.open("rb") as file:
             return file.read(512)

@@ -15,24 +15,26 @@ Source: the GGUF specification of ggml, versions 2 and 3, little-endian.
 import struct
 from collections.abc import Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from zquant.errors import FormatError
 from zquant.formats.gguf_parser import MAX_DIMS, Entry, Header
+from zquant.formats.remote import AnyPath
 from zquant.formats.source import (
     READABLE,
     ByteReader,
     HeaderPlan,
-    LocalFile,
     TensorInfo,
     WeightSource,
+    open_file,
     quoted,
 )
 from zquant.quant.qtypes import UNSUPPORTED_IDS, QType, qtype_by_id
 from zquant.units import format_bytes
 
-__all__ = ["gguf_header", "open_gguf"]
+__all__ = ["ALIGNMENT", "gguf_header", "open_gguf"]
 
 ALIGNMENT = 32  # where the file does not say
 MAX_ALIGNMENT = 2**20
@@ -40,13 +42,13 @@ MAX_ALIGNMENT = 2**20
 _AGAIN = "The file is damaged; download it again."
 
 
-def open_gguf(path: str | Path) -> WeightSource:
+def open_gguf(path: AnyPath) -> WeightSource:
     """One GGUF file, its header read and checked; tensors come in the order of their data.
 
     Raises:
         FormatError: the file is damaged, or a tensor has a type that zquant cannot read.
     """
-    reader = LocalFile(path)
+    reader = open_file(path)
     header = Header(reader)
     n_tensors = header.prologue()
     metadata = header.pairs()
@@ -57,7 +59,7 @@ def open_gguf(path: str | Path) -> WeightSource:
     infos.sort(key=lambda info: info.offset)
     _check_layout(reader, infos)
     return WeightSource(
-        path=Path(path),
+        path=path,
         container="gguf",
         tensors={info.name: info for info in infos},
         metadata=metadata,
@@ -123,15 +125,16 @@ def _check_layout(reader: ByteReader, infos: Sequence[TensorInfo]) -> None:
 
 
 def gguf_header(
-    architecture: str,
+    architecture: str | None,
     metadata: Mapping[str, Any],
     tensors: Sequence[tuple[str, QType, tuple[int, ...]]],
 ) -> HeaderPlan:
     """Header of a GGUF file, version 3, and where each tensor goes.
 
     Args:
-        architecture: `general.architecture`, e.g. "lumina2".
-        metadata: str, bool, int (as u32), float (as f32), or a list of one of these (int as i32).
+        architecture: `general.architecture`, e.g. "lumina2"; None for what is not a model.
+        metadata: str, bool, int (as u32), float (as f32), a list of one of these (int as i32), or
+            a one-dimensional NumPy array of u32, u64 or f32, which may be empty.
         tensors: (name, type, torch shape) in the order of the data.
 
     Returns:
@@ -142,7 +145,8 @@ def gguf_header(
     """
     if "general.alignment" in metadata:
         raise ValueError(f"general.alignment is always {ALIGNMENT}; leave it out of the metadata")
-    pairs = {"general.architecture": architecture, **metadata}
+    named = {} if architecture is None else {"general.architecture": architecture}
+    pairs = {**named, **metadata}
     out = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(pairs))]
     out += [_packed_string(key) + _packed(key, value) for key, value in pairs.items()]
     relative, at = [], 0
@@ -175,6 +179,10 @@ def _packed_string(text: str) -> bytes:
 
 def _packed(key: str, value: Any) -> bytes:
     """A typed metadata value."""
+    if isinstance(value, np.ndarray):
+        kind = {"uint32": 4, "float32": 6, "uint64": 10}[value.dtype.name]
+        data = value.astype(value.dtype.newbyteorder("<")).tobytes()
+        return struct.pack("<IIQ", 9, kind, len(value)) + data
     try:
         if isinstance(value, str) or not isinstance(value, Sequence):
             kind, code = {str: (8, ""), bool: (7, "?"), int: (4, "I"), float: (6, "f")}[type(value)]

@@ -16,6 +16,7 @@ from typing import Any
 
 from zquant.errors import CheckpointError, FormatError
 from zquant.formats.names import COMPONENTS
+from zquant.formats.remote import AnyPath
 from zquant.formats.source import WeightSource
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MANIFEST",
     "MANIFEST_FORMAT",
     "OFFICIAL_FILES",
+    "OFFICIAL_FOLDERS",
     "VARIANTS",
     "Hint",
     "ModelFiles",
@@ -152,7 +154,7 @@ def find_model(folder: Path) -> ModelFiles:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """A JSON object from a small file.
 
     Raises:
@@ -171,7 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def official_variant(folder: Path) -> Variant:
+def official_variant(folder: AnyPath) -> Variant:
     """The variant of an official folder, by its scheduler's shift."""
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     shift = config.get("shift")

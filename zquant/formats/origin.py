@@ -3,26 +3,37 @@
 official folder      transformer/ text_encoder/ vae/ scheduler/ tokenizer/
 converted folder     model.json and what it names; `demo` is zquant's own
 single files         one per component, or one file with all of them
-Hugging Face id      owner/name or owner/name@revision, downloaded into the Hugging Face cache
+Hugging Face id      owner/name or owner/name@revision
+URL                  http(s):// or hf:// of such a folder or file
+
+A model of the hub that was downloaded before is taken from the Hugging Face cache. Otherwise it is
+read by ranges: nothing is downloaded but what is asked for, and nothing of it stays on the disk.
 """
 
-import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zquant.errors import CheckpointError, ZQuantError
+from zquant.errors import CheckpointError
 from zquant.formats.detect import open_source
-from zquant.formats.model_folder import ModelFiles, Variant, find_model, model_folder
+from zquant.formats.model_folder import (
+    MANIFEST,
+    OFFICIAL_FOLDERS,
+    ModelFiles,
+    Variant,
+    find_model,
+    model_folder,
+    official_variant,
+)
 from zquant.formats.names import COMPONENTS, components_in, dit_parts
+from zquant.formats.remote import AnyPath, RemotePath
+from zquant.formats.remote_folder import web_path
+from zquant.formats.remote_hub import cached_snapshot, hub_address, hub_path
 
 __all__ = ["Origin", "find_origin"]
 
-_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
-NETWORK_TIMEOUT_S = 10  # to connect, and to answer
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt"]
+_WEIGHTS = (".safetensors", ".gguf", ".json")  # no id ends so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +44,9 @@ class Origin:
     """
 
     label: str
-    paths: dict[str, Path]
+    paths: Mapping[str, AnyPath]
     variant: Variant | None
-    tokenizer: Path | None
+    tokenizer: AnyPath | None
     manifest: Mapping[str, Any] | None = None
 
     @property
@@ -44,29 +55,37 @@ class Origin:
         return Path(self.label).name or Path(self.label).resolve().name
 
 
-def find_origin(source: str | None, given: dict[str, Path]) -> Origin:
+def find_origin(source: str | None, given: Mapping[str, str | Path]) -> Origin:
     """Locate all three components.
 
     Args:
-        source: folder, all-in-one file, or Hugging Face id; None if every component is given.
-        given: single files by component; they go before what `source` has.
+        source: folder, all-in-one file, Hugging Face id or URL; None if every component is given.
+        given: single files or their URLs by component; they go before what `source` has.
 
     Raises:
         CheckpointError: a component is missing.
-        ZQuantError: a repository cannot be fetched.
+        ZQuantError: a server cannot be reached or refuses.
     """
     found = Origin(label="", paths={}, variant=None, tokenizer=None)
     if source is not None:
         found = _located(source)
-    paths = {**found.paths, **given}
+    own = {c: _given(place) for c, place in given.items()}
+    paths = {**found.paths, **own}
     missing = [c for c in COMPONENTS if c not in paths]
     if missing:
         flags = ", ".join("--" + c.replace("_", "-") for c in missing)
         raise CheckpointError(
             f"{source or 'the given files'}: no source for {', '.join(missing)}. Give {flags}."
         )
-    label = source or ", ".join(paths[c].name for c in COMPONENTS)
+    label = found.label or ", ".join(paths[c].name for c in COMPONENTS)
     return replace(found, label=label, paths=paths)
+
+
+def _given(place: str | Path) -> AnyPath:
+    """A file of the user's; text may be a URL."""
+    if isinstance(place, Path) or "://" not in place:
+        return Path(place)
+    return _remote(place)
 
 
 def _located(source: str) -> Origin:
@@ -75,16 +94,51 @@ def _located(source: str) -> Origin:
         return _from_folder(source, find_model(path))
     if path.is_file():
         return _from_file(source, path)
-    hub = _HUB_ID.fullmatch(source)
-    if not hub or path.suffix in (".safetensors", ".gguf", ".json"):
+    is_url = "://" in source
+    address = hub_address(source) if is_url or path.suffix not in _WEIGHTS else None
+    if not is_url and address is None:
         raise CheckpointError(
             f"{source}: no such file or folder, and not a Hugging Face id such as "
             f"Tongyi-MAI/Z-Image-Turbo. Check the path."
         )
-    return _from_folder(source, find_model(_downloaded(hub[1], hub[2])))
+    if address and not address.inside and (cached := cached_snapshot(address)):
+        return _from_folder(source.partition("?")[0], find_model(cached))
+    found = _from_remote(_remote(source))
+    return found if is_url else replace(found, label=source)
 
 
-def _from_file(label: str, path: Path) -> Origin:
+def _remote(source: str) -> RemotePath:
+    """What an id or URL means."""
+    if address := hub_address(source):
+        return hub_path(address)
+    if source.startswith(("http://", "https://")):
+        return web_path(source)
+    raise CheckpointError(f"{source}: not an http://, https:// or hf:// address. Check it.")
+
+
+def _from_remote(path: RemotePath) -> Origin:
+    """What an official folder or a file on a server has."""
+    if path.is_file():
+        return _from_file(str(path), path)
+    if (path / MANIFEST).is_file() or not (path / "transformer").is_dir():
+        raise CheckpointError(
+            f"{path}: not an official model folder; expected transformer/, text_encoder/, vae/ and "
+            f"scheduler/. Give the files of another one as --dit, --text-encoder, --vae."
+        )
+    paths = {part: path / name for part, name in OFFICIAL_FOLDERS.items()}
+    missing = [each.name for each in paths.values() if not each.is_dir()]
+    if missing:
+        raise CheckpointError(f"{path}: lacks {', '.join(missing)}/. Give a whole model.")
+    tokenizer = path / "tokenizer"
+    return Origin(
+        label=str(path),
+        paths=paths,
+        variant=official_variant(path),
+        tokenizer=tokenizer if tokenizer.is_dir() else None,
+    )
+
+
+def _from_file(label: str, path: AnyPath) -> Origin:
     """Every component that the file holds."""
     opened = open_source(path)
     try:
@@ -105,36 +159,3 @@ def _from_folder(label: str, files: ModelFiles) -> Origin:
         tokenizer=files.tokenizer,
         manifest=files.manifest,
     )
-
-
-def _downloaded(repository: str, revision: str | None) -> Path:
-    """The repository's snapshot in the Hugging Face cache."""
-    from huggingface_hub import snapshot_download  # slow to import, needed only here
-
-    try:
-        commit = _commit(repository, revision)
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the errors of its HTTP clients share no base class
-        with suppress(Exception):  # no network, but perhaps an earlier download
-            return Path(
-                snapshot_download(
-                    repository,
-                    revision=revision,
-                    allow_patterns=_HUB_FILES,
-                    local_files_only=True,
-                )
-            )
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        at = f" --revision {revision}" if revision else ""
-        raise ZQuantError(
-            f"{repository}: no such folder here, and it cannot be fetched from Hugging Face "
-            f"({reason}). On a machine with network run: hf download {repository}{at} --local-dir "
-            f"FOLDER, copy FOLDER here, and run: zquant convert FOLDER OUT"
-        ) from error
-
-
-def _commit(repository: str, revision: str | None) -> str | None:
-    """The commit to fetch; asked for with a limit, because a download waits for a dead network."""
-    from huggingface_hub import HfApi
-
-    return HfApi().model_info(repository, revision=revision, timeout=NETWORK_TIMEOUT_S).sha

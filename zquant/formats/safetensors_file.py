@@ -4,7 +4,9 @@
     {"__metadata__": {key: text}, name: {"dtype", "shape", "data_offsets": [begin, end]}}
 
 Reading looks at the header only and checks every number in it against the file before use.
-Readable dtypes: F32, F16, BF16. Quantized safetensors (fp8, int8, nvfp4) are not read.
+Weights may be F32, F16, BF16, or 8-bit numbers, whose scales `scales.py` finds. Tensors of other
+dtypes (counters, tokenizers, packed 4-bit weights) are listed: whether one is in the way depends on
+its name, which is `names.py`'s to judge.
 
 Source: the safetensors format description; `model.safetensors.index.json` of transformers.
 """
@@ -18,37 +20,43 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from zquant.errors import FormatError
+from zquant.formats.remote import AnyPath
 from zquant.formats.source import (
     ByteReader,
     HeaderPlan,
-    LocalFile,
     TensorInfo,
     WeightSource,
+    open_file,
     quoted,
 )
-from zquant.quant.qtypes import QTYPES, QType
+from zquant.quant.qtypes import EIGHT_BIT, QTYPES, QType
 from zquant.units import format_bytes
 
-__all__ = ["open_safetensors", "open_sharded", "safetensors_header"]
+__all__ = ["READABLE_FLOATS", "open_safetensors", "open_sharded", "safetensors_header"]
 
 HEADER_LIMIT = 100_000_000  # bytes, fixed by the format
 MAX_DIMS = 8
 
-_DTYPES = {name: QTYPES[name] for name in ("F32", "F16", "BF16")}
+_FLOATS = {name: QTYPES[name] for name in ("F32", "F16", "BF16")}
+_BYTES = {"BOOL": 1, "U8": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4}
+_BYTES |= {"I64": 8, "U64": 8, "F64": 8, "C64": 8}  # per number, of what is no weight
+_DTYPES = _FLOATS | EIGHT_BIT | {name: QType(name, -1, 1, n) for name, n in _BYTES.items()}
+READABLE_FLOATS = ", ".join((*_FLOATS, *EIGHT_BIT))
+
 _AGAIN = "Download it again."
 _MIXED = "Index and shards are of different downloads; download all of them again."
 
 
-def open_safetensors(path: str | Path) -> WeightSource:
+def open_safetensors(path: AnyPath) -> WeightSource:
     """One safetensors file, its header read and checked.
 
     Raises:
         FormatError: the file is damaged, or a tensor has a dtype that zquant cannot read.
     """
-    return _open_reader(LocalFile(path), Path(path))
+    return _open_reader(open_file(path), path)
 
 
-def open_sharded(path: str | Path) -> WeightSource:
+def open_sharded(path: str | AnyPath) -> WeightSource:
     """All shards of a `*.safetensors.index.json`, as one source.
 
     Args:
@@ -58,7 +66,8 @@ def open_sharded(path: str | Path) -> WeightSource:
         FormatError: the index or a shard is damaged, missing or outside the folder, or they
             disagree about which tensor is where.
     """
-    index = _index_in(Path(path)) if Path(path).is_dir() else Path(path)
+    where = Path(path) if isinstance(path, str) else path
+    index = _index_in(where) if where.is_dir() else where
     weight_map = _weight_map(index)
     shards = sorted(set(weight_map.values()))
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
@@ -95,9 +104,9 @@ def safetensors_header(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begins, end = [], 0
     for name, qtype, shape in tensors:
-        if qtype.name not in _DTYPES or name in header:
+        if qtype.name not in _FLOATS or name in header:
             raise ValueError(
-                f"{name!r} as {qtype} cannot be written: expected {list(_DTYPES)}, once"
+                f"{name!r} as {qtype} cannot be written: expected {list(_FLOATS)}, once"
             )
         begin, end = end, end + prod(shape) * qtype.qblock_bytes
         header[name] = {"dtype": qtype.name, "shape": list(shape), "data_offsets": [begin, end]}
@@ -108,7 +117,7 @@ def safetensors_header(
     return HeaderPlan(packed, [len(packed) + begin for begin in begins], len(packed) + end)
 
 
-def _open_reader(reader: ByteReader, path: Path) -> WeightSource:
+def _open_reader(reader: ByteReader, path: AnyPath) -> WeightSource:
     header, start = _header(reader)
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or not all(type(v) is str for v in metadata.values()):
@@ -178,8 +187,8 @@ def _tensor(reader: ByteReader, start: int, name: str, entry: object) -> TensorI
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or dtype not in _DTYPES:
         raise FormatError(
-            f"{where} is {quoted(dtype)}, which zquant cannot read. Readable: "
-            f"{', '.join(_DTYPES)}. Use the original bfloat16 or float32 weights, or a GGUF file."
+            f"{where} is {quoted(dtype)}, which zquant cannot read. Readable: {READABLE_FLOATS}. "
+            "Use the original bfloat16 or float32 weights, or a GGUF file."
         )
     if not _is_counts(shape) or len(shape) > MAX_DIMS:
         raise FormatError(f"{where} has the shape {_cut(shape)}; expected counts. {_AGAIN}")
@@ -248,8 +257,8 @@ def _size(n_bytes: int) -> str:
     return f"{format_bytes(n_bytes)} ({n_bytes} bytes)"
 
 
-def _index_in(folder: Path) -> Path:
-    found = sorted(folder.glob("*.safetensors.index.json"))
+def _index_in(folder: AnyPath) -> AnyPath:
+    found: list[AnyPath] = sorted([*folder.glob("*.safetensors.index.json")], key=str)
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise FormatError(
@@ -259,9 +268,9 @@ def _index_in(folder: Path) -> Path:
     return found[0]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _weight_map(index: AnyPath) -> dict[str, str]:
     """Tensor name -> shard file name, every file name checked to be a plain one."""
-    reader = LocalFile(index)
+    reader = open_file(index)
     if reader.size > HEADER_LIMIT:
         raise FormatError(f"{index}: {_size(reader.size)} are too many for an index. {_AGAIN}")
     weight_map = _json_object(reader.name, reader.read(0, reader.size).tobytes()).get("weight_map")
@@ -282,8 +291,10 @@ def _is_plain(name: str) -> bool:
     return not forbidden and PurePosixPath(name).name == name == PureWindowsPath(name).name
 
 
-def _check_inside(index: Path, shard: str) -> None:
+def _check_inside(index: AnyPath, shard: str) -> None:
     """Refuse a link that leaves the folder, unless into the Hugging Face cache's own blobs."""
+    if not isinstance(index, Path):
+        return  # a server has no links that we could see
     folder = index.parent.resolve()
     target = (index.parent / shard).resolve()
     allowed = [folder]
@@ -298,7 +309,7 @@ def _check_inside(index: Path, shard: str) -> None:
 
 
 def _check_shards(
-    index: Path, weight_map: Mapping[str, str], opened: Mapping[str, WeightSource]
+    index: AnyPath, weight_map: Mapping[str, str], opened: Mapping[str, WeightSource]
 ) -> None:
     """Index and shards name the same tensors, each in the same shard."""
     for shard, source in opened.items():

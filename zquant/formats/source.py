@@ -1,8 +1,8 @@
 """Named tensors in files, read lazily: headers first, bytes only when asked for.
 
 A `WeightSource` knows every tensor's storage type, shape and place; `raw` hands out bytes without
-copying when the file is local. Bytes come through a `ByteReader`, so that a remote file read by
-ranges needs a new reader and nothing else.
+copying when the file is local. Bytes come through a `ByteReader`: a `LocalFile`, or a `RemoteFile`
+that reads ranges over HTTP (`remote_file.py`).
 """
 
 import mmap
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zquant.errors import FormatError
+from zquant.formats.remote import AnyPath
 from zquant.quant.qtypes import QTYPES, QType
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LocalFile",
     "TensorInfo",
     "WeightSource",
+    "open_file",
     "quoted",
 ]
 
@@ -118,12 +120,24 @@ class LocalFile:
         self._release()
 
 
+def open_file(path: AnyPath) -> ByteReader:
+    """The bytes at `path`, wherever it is.
+
+    Raises:
+        FormatError: the file cannot be opened or is empty.
+        ZQuantError: the server that has it does not give it.
+    """
+    return LocalFile(path) if isinstance(path, Path) else path.open_file()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
     """Where one tensor lies and how it is stored.
 
     `shape` is in torch order (`[out, in]` for a linear weight); `offset` counts from the start of
-    the reader's file; the data are row-major and contiguous.
+    the reader's file; the data are row-major and contiguous. `scale` is the tensor that multiplies
+    the decoded rows, one number or one per row; `rotation` is the size of the groups of columns
+    that are stored rotated (`zquant.quant.scaled`), 0 for none.
     """
 
     name: str
@@ -132,6 +146,8 @@ class TensorInfo:
     reader: ByteReader = field(repr=False, compare=False)
     offset: int
     nbytes: int
+    scale: "TensorInfo | None" = None
+    rotation: int = 0
 
     @property
     def n_weights(self) -> int:
@@ -149,7 +165,7 @@ class WeightSource:
     `metadata` holds the file's key-value pairs (GGUF values, safetensors `__metadata__`).
     """
 
-    path: Path
+    path: AnyPath
     container: str  # "gguf" or "safetensors"
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, Any]

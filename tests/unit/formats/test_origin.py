@@ -1,5 +1,6 @@
 """Where a model comes from; above all, that a machine without network is told so, and soon."""
 
+import shutil
 import socket
 import time
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import huggingface_hub
 import pytest
 
 from zquant.errors import CheckpointError, ZQuantError
-from zquant.formats import origin
+from zquant.formats import remote_hub
 from zquant.formats.model_folder import VARIANTS
 from zquant.formats.origin import Origin, find_origin
 
@@ -91,15 +92,12 @@ def find_origin_fails(source):
 
 
 @pytest.mark.parametrize(("revision", "asked"), [("", None), ("@v1.0", "v1.0"), ("@pr/1", "pr/1")])
-def test_an_id_is_downloaded_at_its_commit(revision, asked, hub, tmp_path):
-    hub.download = lambda _: str(official_folder(tmp_path / "snapshot"))
-    found = find_origin(ID + revision, {})
-    assert found.paths["vae"] == tmp_path / "snapshot/vae"
-    assert found.label == ID + revision
-    assert hub.asked == [
-        (ID, {"revision": asked, "timeout": origin.NETWORK_TIMEOUT_S}),
-        (ID, {"revision": "c0ffee", "allow_patterns": ["*.json", "*.safetensors", "*.txt"]}),
-    ]
+def test_an_id_is_listed_at_its_commit(revision, asked, hub):
+    hub.download = unreachable
+    hub.info = lambda: SimpleNamespace(sha="c0ffee", siblings=[])
+    assert "the repository has no such file or folder" in find_origin_fails(ID + revision)
+    options = {"revision": asked, "timeout": remote_hub.NETWORK_TIMEOUT_S, "files_metadata": True}
+    assert hub.asked[-1] == (ID, options)
 
 
 @pytest.mark.parametrize("revision", ["", "@v1"])
@@ -113,25 +111,25 @@ def test_no_network_says_exactly_what_to_do(revision, hub):
     )
 
 
-def test_a_download_that_breaks_off(hub):
-    hub.download = unreachable
-    assert "cannot be fetched from Hugging Face ([Errno -2]" in find_origin_fails(ID)
-
-
-def test_an_earlier_download_needs_no_network(hub, tmp_path):
+@pytest.mark.parametrize("source", [ID + "@v1", f"hf://{ID}@v1", f"https://hf.co/{ID}/tree/v1"])
+def test_an_earlier_download_needs_no_network(source, hub, toy_folder, tmp_path):
+    """Other folders that are there in part are not taken for the model."""
+    cache = shutil.copytree(toy_folder, tmp_path / "cache")
+    hub.download = lambda options: str(cache) if options["local_files_only"] else unreachable()
     hub.info = unreachable
-
-    def download(options):
-        assert options["local_files_only"]
-        return str(official_folder(tmp_path / "cache"))
-
-    hub.download = download
-    assert find_origin(f"{ID}@v1", {}).paths["dit"] == tmp_path / "cache/transformer"
-    assert hub.asked[-1][1]["revision"] == "v1"
+    assert "cannot be fetched" in find_origin_fails(source)  # there is no tokenizer
+    (cache / "tokenizer").mkdir()
+    found = find_origin(source, {})
+    assert found.paths["dit"] == cache / "transformer"
+    assert found.label == source
+    options = hub.asked[-1][1]
+    assert (options["revision"], options["local_files_only"]) == ("v1", True)
+    next((cache / "text_encoder").glob("*.safetensors")).unlink()
+    assert "cannot be fetched" in find_origin_fails(source)
 
 
 def test_a_server_that_never_answers_is_given_up(monkeypatch, tmp_path):
-    monkeypatch.setattr(origin, "NETWORK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(remote_hub, "NETWORK_TIMEOUT_S", 0.2)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()

@@ -140,10 +140,20 @@ def test_hostile_file_is_refused(case, write, build):
     assert str(caught.value).startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "I8", "U8", "I16", "I32", "I64", "F64"])
-def test_other_dtypes_name_remedy(dtype, write, build):
-    path = write("fp8.safetensors", single(build, dtype=dtype))
-    expected = f"tensor 'w' is '{dtype}', which zquant cannot read. Readable: F32, F16, BF16. Use"
+SIZES = {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "I16": 2, "I32": 4, "I64": 8, "F64": 8}
+
+
+@pytest.mark.parametrize(("dtype", "size"), SIZES.items(), ids=SIZES)
+def test_other_dtypes_are_listed_with_their_sizes(dtype, size, write, build):
+    header = {"w": build.entry(dtype, [3], 0, 3 * size)}
+    info = open_safetensors(write("other.safetensors", build.safetensors(header, bytes(3 * size))))
+    assert (info.tensors["w"].qtype.name, info.tensors["w"].nbytes) == (dtype, 3 * size)
+    assert not info.tensors["w"].qtype.is_float
+
+
+def test_types_without_whole_bytes_name_the_remedy(write, build):
+    path = write("fp4.safetensors", single(build, dtype="F4"))
+    expected = "tensor 'w' is 'F4', which zquant cannot read. Readable: F32, F16, BF16, F8_E4M3, "
     with pytest.raises(FormatError, match=expected):
         open_safetensors(path)
 
