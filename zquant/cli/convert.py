@@ -16,12 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths",
         nargs="+",
         metavar="[SOURCE] OUT",
-        help="source: official folder, all-in-one file, Hugging Face id (owner/name[@revision]) or "
-        "demo, the small model inside zquant; not needed when all three files are given. OUT: "
-        "folder to write",
+        help="source: official folder, all-in-one file, Hugging Face id (owner/name[@revision]), "
+        "URL (http, https, hf) of one of these, or demo, the small model inside zquant; not needed "
+        "when all three files are given. OUT: folder to write",
     )
     for flag in ("--dit", "--text-encoder", "--vae"):
-        parser.add_argument(flag, type=Path, metavar="FILE", help="single file for this part")
+        parser.add_argument(flag, metavar="FILE", help="single file for this part, or its URL")
     parser.add_argument("--qtype", default="Q4_K_M", help="policy (default: %(default)s)")
     parser.add_argument("--text-encoder-qtype", metavar="QTYPE", help="policy of the text encoder")
     parser.add_argument(
@@ -30,6 +30,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="REGEX=QTYPE",
         help="qtype of every tensor whose name matches; may be repeated, first match wins",
+    )
+    parser.add_argument(
+        "--target-size",
+        metavar="SIZE",
+        help="bytes of the DiT's file, such as 3.3GiB: its qtypes are measured and solved for",
+    )
+    parser.add_argument(
+        "--allocation",
+        type=Path,
+        metavar="FILE",
+        help="qtypes by name: a model.json, or what --dry-run --json printed",
+    )
+    parser.add_argument(
+        "--imatrix",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="importance of inputs, from zquant calibrate or llama-imatrix; may be repeated",
     )
     parser.add_argument("--variant", choices=("turbo", "base"), help="when the source cannot tell")
     parser.add_argument("--allow-requantize", action="store_true", help="accept a quantized source")
@@ -46,14 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from zquant.convert.execute import convert
-    from zquant.convert.plan import plan_conversion
     from zquant.convert.summary import plan_rows, result_lines
     from zquant.formats.model_folder import demo_notice
 
     request = _request(args)
     if notice := demo_notice(request.source):
         print(f"note: {notice}", file=sys.stderr)
-    plan = plan_conversion(request)
+    plan = _plan(request, args)
     if args.json:
         print(plan.place.summary, file=sys.stderr)
     else:
@@ -75,7 +93,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(request: Any, args: argparse.Namespace) -> Any:
+    """The plan; for a size after measuring, with a word about the result on stderr."""
+    from zquant.cli.progress import PhaseBar
+    from zquant.convert.plan import plan_conversion
+    from zquant.convert.summary import size_rows
+    from zquant.convert.target_size import plan_to_size
+    from zquant.units import parse_bytes
+
+    if args.target_size is None:
+        return plan_conversion(request)
+    with closing(PhaseBar("matrix")) as bar:
+        sized = plan_to_size(request, parse_bytes(args.target_size), bar)
+    print("\n".join(size_rows(sized)), file=sys.stderr)
+    return sized.plan
+
+
 def _request(args: argparse.Namespace) -> Any:
+    from zquant.convert.allocation import read_allocation
     from zquant.convert.plan import ConvertRequest
     from zquant.quant.qtypes import qtype_by_name
 
@@ -100,7 +135,9 @@ def _request(args: argparse.Namespace) -> Any:
         qtype=args.qtype,
         text_encoder_qtype=args.text_encoder_qtype,
         tensor_types=tuple(types),
+        allocation=read_allocation(args.allocation) if args.allocation else {},
         variant=args.variant,
+        imatrix=tuple(args.imatrix),
         allow_requantize=args.allow_requantize,
         threads=args.threads,
         device=args.device,

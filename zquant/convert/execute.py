@@ -2,6 +2,8 @@
 
     error of a tensor = sqrt( sum (w - w')^2 / sum w^2 ),  w' what the file decodes to
 
+With importance there is a second error, whose terms are weighed by that of their input.
+
 What was interrupted is resumed by `formats/resumable.py`.
 """
 
@@ -10,21 +12,25 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from zquant.convert.fetch import fetched
 from zquant.convert.place import Place
 from zquant.convert.plan import ConversionPlan, Output
 from zquant.convert.publish import manifest_of, publish
+from zquant.convert.receipts import measured_pairs
 from zquant.convert.slabs import in_order, slabs_of
 from zquant.convert.workers import cores, workers
 from zquant.errors import PlanError, ZQuantError
-from zquant.formats.resumable import ResumableFile
+from zquant.formats.resumable import ResumableFile, sha256_of
 from zquant.memory.device import peak_host_bytes
 from zquant.units import format_bytes
 
@@ -69,11 +75,11 @@ def convert(plan: ConversionPlan, progress: Progress = lambda *_: None) -> Conve
     files: list[ResumableFile] = []
     peaks: dict[int, int] = {}
     try:
-        source_bytes = _write_all(plan, files, peaks, progress)
+        source_bytes, hashes = _write_all(plan, files, peaks, progress)
     finally:
         for file in files:
             file.close()
-    manifest = manifest_of(plan, files)
+    manifest = manifest_of(plan, files, hashes)
     own = peak_host_bytes()
     publish(folder, files, manifest)
     return ConvertResult(
@@ -88,21 +94,25 @@ def convert(plan: ConversionPlan, progress: Progress = lambda *_: None) -> Conve
 
 def _write_all(
     plan: ConversionPlan, files: list[ResumableFile], peaks: dict[int, int], progress: Progress
-) -> int:
-    """Every output as a sealed part, added to `files`; returns the bytes read.
+) -> tuple[int, list[str]]:
+    """Every output as a sealed part, added to `files`; returns the bytes read and every sha256.
 
     `peaks` gets the peak memory of every process that worked.
     """
     count, source_bytes = plan.request.threads or cores(), 0
     gpu = plan.place.gpu
-    with workers(count, 0 if gpu else plan.n_searched) as pool:
+    hashes: list[Future[str]] = []
+    with workers(count, 0 if gpu else plan.n_locked) as pool:
         for output in plan.outputs:
-            file = ResumableFile(output.path, output.fingerprint, resume=plan.request.resume)
+            file = ResumableFile(
+                output.path, output.fingerprint, output.header, resume=plan.request.resume
+            )
             files.append(file)
             job = _Job(output, file, gpu, peaks, progress)
             source_bytes += job.write(pool, count * SLABS_PER_WORKER)
-            file.seal()
-    return source_bytes
+            file.seal(_final_header(output, file))
+            hashes.append(pool.submit(sha256_of, file.written))  # beside the next output
+        return source_bytes, [each.result() for each in hashes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,27 +128,45 @@ class _Job:
     def write(self, pool: Executor, window: int) -> int:
         """Everything that the file does not hold yet; returns the bytes read."""
         output, file = self.output, self.file
-        if not file.notes:
-            file.append(output.header, None)
-        n_done = len(file.notes) - 1
+        n_done = len(file.notes)
         done, left = output.tensors[:n_done], output.tensors[n_done:]
         self.progress(output.path.name, sum(t.n_weights for t in done))
-        error = power = 0.0
-        with closing(in_order(pool, slabs_of(left), window, self.gpu)) as results:
+        sums, sum64 = np.zeros(4), 0
+        with (
+            closing(fetched(slabs_of(left))) as slabs,
+            closing(in_order(pool, slabs, window, self.gpu)) as results,
+        ):
             for slab, packed in results:
                 if slab.offset > file.size:  # alignment, before a tensor's first slab only
-                    file.append(bytes(slab.offset - file.size), None, last=False)
-                error, power = error + packed.error, power + packed.power
+                    file.pad(slab.offset)
+                sums += packed.sums
+                sum64 = (sum64 + packed.source_sum64) % 2**64
                 note = None
                 if slab.last:
-                    note = math.sqrt(error / power) if power else 0.0
-                    error = power = 0.0
+                    errors = _errors(sums, weighed=slab.importance is not None)
+                    note = {"errors": errors, "source_sum64": sum64}
+                    sums, sum64 = np.zeros(4), 0
                 file.append(packed.data, note, last=slab.last)
                 self.peaks[packed.process] = packed.peak_host_bytes or 0
                 self.progress(output.path.name, slab.n_weights)
-        if file.size < output.total_size:
-            file.append(bytes(output.total_size - file.size), None)
+        file.pad(output.total_size)
         return sum(part.nbytes for tensor in left for part in tensor.parts)
+
+
+def _final_header(output: Output, file: ResumableFile) -> bytes:
+    """The header with the receipt's measured part; safetensors have none."""
+    if output.component == "vae":
+        return output.header
+    errors = [note["errors"]["relative_rms_error"] for note in file.notes]
+    sums = [note["source_sum64"] for note in file.notes]
+    return output.sealed(measured_pairs(errors, file.checksums, sums))
+
+
+def _errors(sums: npt.NDArray[np.float64], *, weighed: bool) -> dict[str, float]:
+    """What `model.json` says of a tensor's loss."""
+    names = ("relative_rms_error", "weighted_rms_error")[: 1 + weighed]
+    pairs = zip(names, sums.reshape(2, 2).tolist(), strict=False)
+    return {name: math.sqrt(error / power) if power else 0.0 for name, (error, power) in pairs}
 
 
 def _drop_other_parts(output: Output, *, resume: bool) -> None:

@@ -9,7 +9,6 @@ an incomplete source is refused before anything is written.
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from zquant.errors import CheckpointError
@@ -17,6 +16,7 @@ from zquant.formats.gguf_file import gguf_header
 from zquant.formats.model_folder import OFFICIAL_FILES, source_metadata
 from zquant.formats.names import Part
 from zquant.formats.origin import Origin
+from zquant.formats.remote import AnyPath
 from zquant.formats.safetensors_file import safetensors_header
 from zquant.formats.source import HeaderPlan, WeightSource
 from zquant.models.build import check_names, on_meta
@@ -27,7 +27,7 @@ from zquant.models.tokenizer import Vocabulary, gguf_metadata
 from zquant.models.vae import VAE
 from zquant.quant.qtypes import QType
 
-__all__ = ["Listed", "Metadata", "describe", "file_header"]
+__all__ = ["Listed", "Metadata", "check_network", "describe", "file_header"]
 
 C = TypeVar("C")
 Listed = list[tuple[str, QType, tuple[int, ...]]]
@@ -38,11 +38,20 @@ FILE_TYPES = {  # llama.cpp's general.file_type
     "F32": 0,
     "F16": 1,
     "Q4_0": 2,
+    "Q4_1": 3,
     "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q2_K": 10,
+    "Q3_K_S": 11,
+    "Q3_K_M": 12,
     "Q4_K_S": 14,
     "Q4_K_M": 15,
+    "Q5_K_S": 16,
     "Q5_K_M": 17,
     "Q6_K": 18,
+    "IQ4_NL": 25,
+    "IQ4_XS": 30,
     "BF16": 32,
 }
 
@@ -55,25 +64,43 @@ def describe(
     Raises:
         CheckpointError: tensors are missing, unexpected or of the wrong shape.
     """
+    config = check_network(component, source, parts)
+    if isinstance(config, VAEConfig):
+        groups = config.norm_groups
+        return {} if groups == NORM_GROUPS else {"norm_num_groups": str(groups)}
+    if isinstance(config, DiTConfig):
+        network = _dit_metadata(config)
+    else:
+        vocabulary = _vocabulary(origin, source)
+        n_rows = config.vocab_size
+        tokenizer = _about(source.path, lambda: gguf_metadata(vocabulary, n_rows))
+        network = _text_encoder_metadata(config) | tokenizer
+    name = _model_name(origin, source)
+    return {"general.name": name, "general.quantization_version": 2, **network}
+
+
+def check_network(
+    component: str, source: WeightSource, parts: Mapping[str, Part]
+) -> DiTConfig | TextEncoderConfig | VAEConfig:
+    """The sizes of the network that the tensors make; they must be all of it and nothing else.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of the wrong shape.
+    """
     shapes = {name: part.shape for name, part in parts.items()}
     metadata = source_metadata(source)
     if component == "vae":
         vae = _about(source.path, lambda: VAEConfig.from_shapes(shapes, metadata))
         check_names(on_meta(lambda: VAE(vae)), parts, str(source.path))
-        return {} if vae.norm_groups == NORM_GROUPS else {"norm_num_groups": str(vae.norm_groups)}
+        return vae
     if component == "dit":
         dit = _about(source.path, lambda: DiTConfig.from_shapes(shapes, metadata))
         check_names(on_meta(lambda: DiT(dit)), parts, str(source.path))
-        network = _dit_metadata(dit)
-    else:
-        config = _about(source.path, lambda: TextEncoderConfig.from_shapes(shapes, metadata))
-        unused = ("model.norm.", f"model.layers.{config.n_layers - 1}.")
-        check_names(on_meta(lambda: TextEncoder(config)), parts, str(source.path), unused=unused)
-        vocabulary = _vocabulary(origin, source)
-        tokenizer = _about(source.path, lambda: gguf_metadata(vocabulary, config.vocab_size))
-        network = _text_encoder_metadata(config) | tokenizer
-    name = _model_name(origin, source)
-    return {"general.name": name, "general.quantization_version": 2, **network}
+        return dit
+    encoder = _about(source.path, lambda: TextEncoderConfig.from_shapes(shapes, metadata))
+    unused = ("model.norm.", f"model.layers.{encoder.n_layers - 1}.")
+    check_names(on_meta(lambda: TextEncoder(encoder)), parts, str(source.path), unused=unused)
+    return encoder
 
 
 def file_header(component: str, policy: str, metadata: Metadata, tensors: Listed) -> HeaderPlan:
@@ -81,17 +108,19 @@ def file_header(component: str, policy: str, metadata: Metadata, tensors: Listed
 
     Args:
         component: one of `zquant.formats.names.COMPONENTS`.
-        policy: one of `zquant.quant.policy.POLICIES`.
+        policy: one of `zquant.quant.policy.POLICIES`; any other has no file type, and readers
+            call the file after its most frequent one.
         metadata: from `describe`.
         tensors: (file name, type, shape) in the order of the data.
     """
     if component == "vae":
         return safetensors_header(tensors, {"format": "pt", **metadata})
-    pairs = {**metadata, "general.file_type": FILE_TYPES[policy]}
+    file_type = {"general.file_type": FILE_TYPES[policy]} if policy in FILE_TYPES else {}
+    pairs = {**metadata, **file_type}
     return gguf_header(ARCHITECTURES[component], pairs, tensors)
 
 
-def _about(where: Path, read: Callable[[], C]) -> C:
+def _about(where: AnyPath, read: Callable[[], C]) -> C:
     """`read()`, which looks at tensors only; its complaint gets the name of their file."""
     try:
         return read()

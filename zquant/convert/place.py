@@ -28,6 +28,10 @@ class Place:
         """Where and why in one line."""
         return f"quantizing on {self.name}" + (f" ({self.reason})" if self.reason else "")
 
+    def without_gpu(self, reason: str) -> "Place":
+        """The CPU instead of a GPU, and why."""
+        return Place(None, "the CPU", reason) if self.gpu else self
+
 
 def choose_place(device: str) -> Place:
     """Choose where to quantize.

@@ -7,13 +7,25 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 import zquant
-from zquant.convert.headers import Listed, describe, file_header
+from zquant.convert.allocation import MIXED, Allocation, allocation_rules
+from zquant.convert.headers import Listed, Metadata, describe, file_header
+from zquant.convert.importance import (
+    ImatrixFile,
+    Importances,
+    header_pairs,
+    read_importances,
+    weighs,
+)
 from zquant.convert.place import Place, choose_place
+from zquant.convert.receipts import made_pairs, measured_pairs
 from zquant.errors import CheckpointError
 from zquant.formats.detect import open_source
 from zquant.formats.model_folder import VARIANTS, Variant
@@ -30,6 +42,7 @@ from zquant.formats.names import (
 )
 from zquant.formats.origin import Origin, find_origin
 from zquant.formats.source import WeightSource
+from zquant.quant.codec import holds_lock
 from zquant.quant.policy import Component, assign, policy_by_name
 from zquant.quant.qtypes import QTYPES, QType
 
@@ -42,14 +55,16 @@ class ConvertRequest:
 
     Attributes:
         out: folder to write; created if absent.
-        source: folder, all-in-one file or Hugging Face id; None if all files are given.
-        dit: a single file, in place of the source's; likewise `text_encoder` and `vae`.
+        source: folder, all-in-one file, Hugging Face id or URL; None if all files are given.
+        dit: a single file or its URL, in place of the source's; likewise `text_encoder` and `vae`.
         text_encoder: see `dit`.
         vae: see `dit`.
         qtype: a policy of `zquant.quant.policy`.
         text_encoder_qtype: the text encoder's policy; None: `qtype`.
         tensor_types: (regular expression on file names, qtype), before the policy's rules.
         variant: "turbo" or "base" where the source does not say; None: Turbo.
+        allocation: the qtypes of every tensor of a component, in place of its policy.
+        imatrix: importance files, which `zquant calibrate` makes.
         allow_requantize: accept sources that are quantized already.
         threads: None: one per core.
         device: where to quantize: "auto", "cpu", "cuda" or "cuda:1".
@@ -58,13 +73,15 @@ class ConvertRequest:
 
     out: Path
     source: str | None = None
-    dit: Path | None = None
-    text_encoder: Path | None = None
-    vae: Path | None = None
+    dit: str | Path | None = None
+    text_encoder: str | Path | None = None
+    vae: str | Path | None = None
     qtype: str = "Q4_K_M"
     text_encoder_qtype: str | None = None
     tensor_types: tuple[tuple[str, QType], ...] = ()
+    allocation: Allocation = field(default_factory=dict)
     variant: str | None = None
+    imatrix: tuple[Path, ...] = ()
     allow_requantize: bool = False
     threads: int | None = None
     device: str = "auto"
@@ -81,13 +98,17 @@ class ConvertRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputTensor:
-    """A tensor to write: the rows of `parts`, one after another, as `qtype`."""
+    """A tensor to write: the rows of `parts`, one after another, as `qtype`.
+
+    `importance` is float32 `[K]`, one number for each input; None: all inputs are equal.
+    """
 
     name: str
     qtype: QType
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     offset: int
+    importance: npt.NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
 
     @property
     def n_weights(self) -> int:
@@ -102,15 +123,22 @@ class OutputTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """A file to write: `header`, then every tensor at its offset, zeros up to `total_size`."""
+    """A file to write: `header`, then every tensor at its offset, zeros up to `total_size`.
+
+    The header has zeros in the place of what is measured; `sealed` is the final one. `metadata` is
+    the rest of what it says.
+    `imatrix` are the importance files that say something about its tensors.
+    """
 
     component: str
     path: Path
     policy: str
+    metadata: Metadata
     header: bytes
     tensors: tuple[OutputTensor, ...]
     total_size: int
     source: WeightSource
+    imatrix: tuple[ImatrixFile, ...] = ()
 
     @property
     def n_weights(self) -> int:
@@ -121,6 +149,17 @@ class Output:
     def bpw(self) -> float:
         """Stored bits per weight."""
         return 8 * sum(t.nbytes for t in self.tensors) / self.n_weights
+
+    @property
+    def unweighed(self) -> list[str]:
+        """Names of the tensors that importance would help and that have none."""
+        return [t.name for t in self.tensors if t.importance is None and weighs(t.qtype)]
+
+    def sealed(self, measured: Metadata) -> bytes:
+        """The header with what was measured, from `receipts.measured_pairs`; of the same length."""
+        listed = [(t.name, t.qtype, t.shape) for t in self.tensors]
+        metadata = {**self.metadata, **measured}
+        return file_header(self.component, self.policy, metadata, listed).header
 
     @property
     def fingerprint(self) -> str:
@@ -151,10 +190,12 @@ class ConversionPlan:
         return sum(output.n_weights for output in self.outputs)
 
     @property
-    def n_searched(self) -> int:
-        """Weights that become K types, whose scales are searched for."""
+    def n_locked(self) -> int:
+        """Weights that threads would quantize one after the other, see `codec.holds_lock`."""
         tensors = (t for output in self.outputs for t in output.tensors)
-        return sum(t.n_weights for t in tensors if t.qtype.name.endswith("_K"))
+        return sum(
+            t.n_weights for t in tensors if holds_lock(t.qtype, importance=t.importance is not None)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +225,19 @@ def plan_conversion(request: ConvertRequest) -> ConversionPlan:
     policies = {c: policy_by_name(request.qtype) for c in COMPONENTS}
     if request.text_encoder_qtype:
         policies["text_encoder"] = policy_by_name(request.text_encoder_qtype)
+    policies |= dict.fromkeys(request.allocation, MIXED)
     files = {"dit": request.dit, "text_encoder": request.text_encoder, "vae": request.vae}
     origin = find_origin(request.source, {c: path for c, path in files.items() if path})
     variant = VARIANTS[request.variant] if request.variant else origin.variant
-    outputs = tuple(_output(request, origin, c, policies[c]) for c in COMPONENTS)
+    importances = read_importances(request.imatrix)
+    outputs = tuple(_output(request, origin, c, policies[c], importances) for c in COMPONENTS)
     _check_overrides(request, outputs)
+    importances.check_used(
+        [file for output in outputs for file in output.imatrix],
+        [t.name for output in outputs for t in output.tensors if weighs(t.qtype)],
+    )
+    if any(output.imatrix for output in outputs):
+        place = place.without_gpu("importance is weighed there only")
     _keep_sources(outputs)
     return ConversionPlan(
         request=request,
@@ -199,7 +248,13 @@ def plan_conversion(request: ConvertRequest) -> ConversionPlan:
     )
 
 
-def _output(request: ConvertRequest, origin: Origin, component: str, policy: str) -> Output:
+def _output(
+    request: ConvertRequest,
+    origin: Origin,
+    component: str,
+    policy: str,
+    importances: Importances,
+) -> Output:
     source = open_source(origin.paths[component])
     parts = _COMPONENTS[component].parts(source)
     _refuse_quantized(request, source, parts)
@@ -207,9 +262,22 @@ def _output(request: ConvertRequest, origin: Origin, component: str, policy: str
     names = _COMPONENTS[component].file_names(parts)
     grouped = {name: tuple(parts[ours] for ours in officials) for name, officials in names}
     listed = _listed(request, component, policy, grouped)
-    header = file_header(component, policy, metadata, listed)
+    vectors, used = importances.of_file(listed, dict(names))
+    metadata |= header_pairs(used, len(vectors))
+    zeros: Metadata = {}
+    if component != "vae":
+        metadata |= made_pairs(zquant.__version__, policy, request.tensor_types, source)
+        zeros = measured_pairs(*[[0] * len(listed)] * 3)
+    header = file_header(component, policy, {**metadata, **zeros}, listed)
     tensors = tuple(
-        OutputTensor(name=name, qtype=qtype, shape=shape, parts=grouped[name], offset=offset)
+        OutputTensor(
+            name=name,
+            qtype=qtype,
+            shape=shape,
+            parts=grouped[name],
+            offset=offset,
+            importance=vectors.get(name),
+        )
         for (name, qtype, shape), offset in zip(listed, header.offsets, strict=True)
     )
     file = "vae.safetensors" if component == "vae" else f"{component}-{policy}.gguf"
@@ -217,10 +285,12 @@ def _output(request: ConvertRequest, origin: Origin, component: str, policy: str
         component=component,
         path=request.out / file,
         policy="as stored" if component == "vae" else policy,
+        metadata=metadata,
         header=header.header,
         tensors=tensors,
         total_size=header.total_size,
         source=source,
+        imatrix=used,
     )
 
 
@@ -239,6 +309,9 @@ def _listed(
     else:
         overrides = [o for o in request.tensor_types if any(re.search(o[0], n) for n in shapes)]
         network: Component = "dit" if component == "dit" else "text_encoder"
+        if (allocation := request.allocation.get(component)) is not None:
+            overrides += allocation_rules(component, allocation, shapes)
+            policy = request.qtype  # the allocation has a rule for every tensor
         qtypes = assign(network, shapes, policy, overrides)
     return [(name, qtypes[name], shape) for name, shape in shapes.items()]
 

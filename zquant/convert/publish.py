@@ -20,12 +20,15 @@ from zquant.formats.resumable import ResumableFile
 __all__ = ["manifest_of", "publish"]
 
 
-def manifest_of(plan: ConversionPlan, files: Sequence[ResumableFile]) -> dict[str, Any]:
+def manifest_of(
+    plan: ConversionPlan, files: Sequence[ResumableFile], hashes: Sequence[str]
+) -> dict[str, Any]:
     """Content of `model.json`; depends on the sources and options only.
 
     (The last digits of errors depend on where their sums are made.)
     """
     written = list(zip(plan.outputs, files, strict=True))
+    entries = map(_file_entry, plan.outputs, hashes)
     said = plan.origin.manifest or {}
     return {
         "format": MANIFEST_FORMAT,
@@ -37,28 +40,29 @@ def manifest_of(plan: ConversionPlan, files: Sequence[ResumableFile]) -> dict[st
         # a small model stays one in another qtype
         **{key: said[key] for key in ("size", "hint") if key in said},
         "source": plan.origin.label,
-        "files": {output.component: _file_entry(output, file) for output, file in written},
+        "files": {o.component: entry for o, entry in zip(plan.outputs, entries, strict=True)},
         "tensors": {output.component: _tensor_entries(output, file) for output, file in written},
     }
 
 
-def _file_entry(output: Output, file: ResumableFile) -> dict[str, Any]:
+def _file_entry(output: Output, sha256: str) -> dict[str, Any]:
+    imatrix = [{"name": each.path.name, "sha256": each.sha256} for each in output.imatrix]
     return {
         "name": output.path.name,
         "policy": output.policy,
         "bytes": output.total_size,
-        "sha256": file.sha256,
+        "sha256": sha256,
         "weights": output.n_weights,
         "bpw": round(output.bpw, 4),
+        **({"imatrix": imatrix} if imatrix else {}),
     }
 
 
 def _tensor_entries(output: Output, file: ResumableFile) -> dict[str, Any]:
-    """The notes are the errors, after one for the header and perhaps before one for padding."""
-    errors = file.notes[1 : 1 + len(output.tensors)]
+    """Every tensor's qtype, and the errors that were noted when it was written."""
     return {
-        tensor.name: {"qtype": tensor.qtype.name, "relative_rms_error": error}
-        for tensor, error in zip(output.tensors, errors, strict=True)
+        tensor.name: {"qtype": tensor.qtype.name, **note["errors"]}
+        for tensor, note in zip(output.tensors, file.notes, strict=True)
     }
 
 

@@ -12,10 +12,10 @@ measures a whole slab, one at a time.
 import math
 import os
 import threading
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -24,17 +24,22 @@ import torch
 from zquant_kernels import quantize as kernels
 
 from zquant.convert.plan import OutputTensor
+from zquant.convert.receipts import sum64
+from zquant.convert.workers import run_in_order
 from zquant.errors import CheckpointError, DeviceError, PlanError
 from zquant.formats.names import Part
 from zquant.memory.device import peak_host_bytes
 from zquant.quant.codec import dequantize, quantize
 from zquant.quant.qtypes import QType
+from zquant.quant.scaled import dequantize_scaled
 
-__all__ = ["Packed", "Slab", "in_order", "slabs_of"]
+__all__ = ["Packed", "Slab", "in_order", "slabs_of", "sum_of_squares"]
 
 SLAB_WEIGHTS = 2**21  # long enough that passing results around does not count
 PIECE_WEIGHTS = 2**19  # what is computed at a time, so that it stays in the cache
 DOT_LENGTH = 2048  # BLAS splits dot products of more than 10000 numbers
+Sums = npt.NDArray[np.float64]
+
 _LOCAL = threading.local()
 _GPU = threading.Lock()  # held by who uses it: bounds its memory, and Triton compiles once
 
@@ -49,6 +54,7 @@ class Slab:
     rows: tuple[int, int]
     offset: int  # of its tensor in the output
     last: bool  # of its tensor
+    importance: npt.NDArray[np.float32] | None = None  # of its columns
 
     @property
     def n_weights(self) -> int:
@@ -58,11 +64,15 @@ class Slab:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A quantized slab: its bytes, and the sums of squares its tensor's error is made of."""
+    """A quantized slab: its bytes, and the sums of squares its tensor's error is made of.
+
+    `sums` is float64 `[4]`: of the errors, of the weights, and of both times their importance;
+    `source_sum64` is of the bytes that were read.
+    """
 
     data: npt.NDArray[np.uint8]
-    error: float
-    power: float
+    sums: Sums
+    source_sum64: int
     process: int
     peak_host_bytes: int | None  # of that process so far
 
@@ -76,7 +86,9 @@ def slabs_of(tensors: Iterable[OutputTensor]) -> Iterator[Slab]:
             for row in range(0, n_rows, step):
                 last = part is tensor.parts[-1] and row + step >= n_rows
                 rows = (row, min(row + step, n_rows))
-                yield Slab(tensor.name, tensor.qtype, part, rows, tensor.offset, last)
+                yield Slab(
+                    tensor.name, tensor.qtype, part, rows, tensor.offset, last, tensor.importance
+                )
 
 
 def in_order(
@@ -89,74 +101,69 @@ def in_order(
         PlanError: a weight is too large for the qtype it shall have.
         DeviceError: the GPU has no memory left.
     """
-    pending: deque[tuple[Slab, Future[Packed]]] = deque()
-    try:
-        for slab in slabs:
-            pending.append((slab, pool.submit(_pack, slab, gpu)))
-            if len(pending) >= window:
-                first, future = pending.popleft()
-                yield first, future.result()
-        while pending:
-            first, future = pending.popleft()
-            yield first, future.result()
-    finally:
-        for _, future in pending:
-            future.cancel()
+    yield from run_in_order(pool, partial(_pack, gpu=gpu), slabs, window)
 
 
 def _pack(slab: Slab, gpu: torch.device | None) -> Packed:
     """Decode, quantize and measure one slab."""
     n_columns, (first, last) = slab.part.shape[-1], slab.rows
     data = np.empty((last - first, slab.qtype.row_bytes(n_columns)), np.uint8)
+    _LOCAL.sum64 = 0
     if gpu and slab.qtype.name in kernels.QTYPES and slab.qtype != slab.part.qtype:
-        error, power = _pack_on(gpu, slab, data)
+        sums = _pack_on(gpu, slab, data)
     else:
-        error, power = _pack_pieces(slab, data)
-    return Packed(data.reshape(-1), error, power, os.getpid(), peak_host_bytes())
+        sums = _pack_pieces(slab, data)
+    return Packed(data.reshape(-1), sums, _LOCAL.sum64, os.getpid(), peak_host_bytes())
 
 
-def _pack_pieces(slab: Slab, out: npt.NDArray[np.uint8]) -> tuple[float, float]:
-    """Fill `out` on the CPU; sums of squares of the slab's errors and of itself."""
+def _pack_pieces(slab: Slab, out: npt.NDArray[np.uint8]) -> Sums:
+    """Fill `out` on the CPU; the sums of the slab."""
     first, last = slab.rows
     step = max(1, PIECE_WEIGHTS // slab.part.shape[-1])
-    error = power = 0.0
+    sums = np.zeros(4)
     for row in range(first, last, step):
         stop = min(row + step, last)
-        piece_error, piece_power = _pack_piece(slab, row, out[row - first : stop - first])
-        error, power = error + piece_error, power + piece_power
-    return error, power
+        sums += _pack_piece(slab, row, out[row - first : stop - first])
+    return sums
 
 
-def _pack_piece(slab: Slab, row: int, out: npt.NDArray[np.uint8]) -> tuple[float, float]:
-    """Fill `out` with the rows from `row` on; sums of squares of their errors and of themselves."""
+def _pack_piece(slab: Slab, row: int, out: npt.NDArray[np.uint8]) -> Sums:
+    """Fill `out` with the rows from `row` on; their sums."""
     part, qtype = slab.part, slab.qtype
     row_bytes = part.qtype.row_bytes(part.shape[-1])
     stored, weights, decoded = _scratch(len(out), row_bytes, part.shape[-1])
-    part.read_into(row * row_bytes, stored.numpy().reshape(-1))
-    dequantize(stored, part.qtype, torch.float32, out=weights)
-    power = _sum_of_squares(weights)
+    _read(part, row * row_bytes, stored)
+    scaling = part.scaling and part.scaling.of(slice(row, row + len(out)))
+    dequantize_scaled(stored, part.qtype, torch.float32, scaling, out=weights)
+    power = sum_of_squares(weights)
     if not math.isfinite(power):
         _refuse_non_finite(slab, row, weights)
-    if qtype == part.qtype:
+    if qtype == part.qtype and scaling is None:
         out[:] = stored.numpy()
-        return 0.0, power
-    out[:] = quantize(weights.numpy(), qtype)
+        weighed = 0.0 if slab.importance is None else _weighed(weights, slab.importance)
+        return np.array([0.0, power, 0.0, weighed])
+    out[:] = quantize(weights.numpy(), qtype, slab.importance)
     dequantize(torch.from_numpy(out), qtype, torch.float32, out=decoded)
-    error = _sum_of_squares(decoded.sub_(weights))
+    error = sum_of_squares(decoded.sub_(weights))
     if not math.isfinite(error):
         _refuse_too_large(slab, weights)
-    return error, power
+    if slab.importance is None:
+        return np.array([error, power, 0.0, 0.0])
+    both = [_weighed(each, slab.importance) for each in (decoded, weights)]
+    return np.array([error, power, *both])
 
 
-def _pack_on(gpu: torch.device, slab: Slab, out: npt.NDArray[np.uint8]) -> tuple[float, float]:
-    """`_pack_pieces` on a GPU, the whole slab at once."""
+def _pack_on(gpu: torch.device, slab: Slab, out: npt.NDArray[np.uint8]) -> Sums:
+    """`_pack_pieces` on a GPU, the whole slab at once; importance is for the CPU only."""
+    assert slab.importance is None
     part, qtype = slab.part, slab.qtype
     row_bytes = part.qtype.row_bytes(part.shape[-1])
     stored, _, _ = _scratch(len(out), row_bytes, part.shape[-1])
-    part.read_into(slab.rows[0] * row_bytes, stored.numpy().reshape(-1))
+    _read(part, slab.rows[0] * row_bytes, stored)
     try:
         with _GPU:
-            weights = dequantize(stored.to(gpu), part.qtype, torch.float32)
+            scaling = part.scaling and part.scaling.of(slice(*slab.rows)).to(gpu)
+            weights = dequantize_scaled(stored.to(gpu), part.qtype, torch.float32, scaling)
             power = _sum_of_squares_on_gpu(weights)
             if not math.isfinite(power):
                 _refuse_non_finite(slab, slab.rows[0], weights)
@@ -171,7 +178,14 @@ def _pack_on(gpu: torch.device, slab: Slab, out: npt.NDArray[np.uint8]) -> tuple
             f"no memory left on {gpu} for {slab.n_weights} weights of {slab.name!r}. "
             f"Free some, or go on with --device cpu --resume, which writes the same bytes."
         ) from no_memory
-    return error, power
+    return np.array([error, power, 0.0, 0.0])
+
+
+def _read(part: Part, start: int, stored: torch.Tensor) -> None:
+    """Fill `stored` with the part's bytes from `start` on; they count for this thread's sum."""
+    data = stored.numpy().reshape(-1)
+    part.read_into(start, data)
+    _LOCAL.sum64 += sum64(data, start)
 
 
 def _scratch(
@@ -189,7 +203,7 @@ def _scratch(
     return stored, first.view(n_rows, n_columns), second.view(n_rows, n_columns)
 
 
-def _sum_of_squares(values: torch.Tensor) -> float:
+def sum_of_squares(values: torch.Tensor) -> float:
     """Sum of squares; the same on every run, as no dot product is split between threads."""
     flat = values.numpy().reshape(-1)
     whole = flat.size - flat.size % DOT_LENGTH
@@ -201,6 +215,12 @@ def _sum_of_squares(values: torch.Tensor) -> float:
         return total
     # squares of large float32 numbers overflow; infinities and NaN stay what they are
     return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
+
+
+def _weighed(values: torch.Tensor, importance: npt.NDArray[np.float32]) -> float:
+    """Sum of squares times the importance of their columns; overwrites `values`."""
+    columns = values.square_().sum(0, dtype=torch.float64).numpy()
+    return float(np.dot(columns, importance.astype(np.float64)))
 
 
 def _sum_of_squares_on_gpu(values: torch.Tensor) -> float:

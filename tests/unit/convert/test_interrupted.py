@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.http_server import serve
 from zquant.cli.main import main
 from zquant.quant.qtypes import QTYPES
 
@@ -128,6 +129,22 @@ def test_a_part_that_was_damaged_meanwhile(
             (out / name).write_bytes(data)
             assert main(command(out, "--resume")) == 0
             assert look.contents(out) == look.contents(bf16)
+
+
+def test_kill_while_reading_from_a_server(
+    interrupted, command, n_moments, official, bf16, look, tmp_path, capsys
+):
+    with serve(official.parent) as server:
+        far = f"{server.url}/{official.name}"
+        killed = interrupted(command(tmp_path, source=far), tmp_path, moment=n_moments // 2)
+        assert killed["code"] == -signal.SIGKILL
+        assert main(command(tmp_path, "--resume", source=far)) == 0
+        n_bytes = sum(asked.n_bytes for asked in server.asked)
+    resumed, whole = look.contents(tmp_path), look.contents(bf16)
+    for contents in (resumed, whole):
+        del contents["model.json"]  # it names the source
+    assert resumed == whole
+    assert n_bytes < 1.9 * sum(map(len, whole.values()))  # what was done is not read again
 
 
 def test_resume_without_anything_to_resume(command, bf16, look, tmp_path, capsys):

@@ -125,6 +125,16 @@ def test_every_policy_has_a_plan_that_fits_its_name(policy, official, tmp_path):
     assert "Q8_0" in {t.qtype.name for t in text_encoder.tensors}
 
 
+@pytest.mark.parametrize("policy", ["Q4_0", "IQ4_NL"])
+def test_weights_that_threads_cannot_share_are_counted(policy, official, tmp_path, monkeypatch):
+    monkeypatch.setattr("zquant.quant.codec.compiled_loops", lambda: None)
+    plan = plan_conversion(ConvertRequest(source=str(official), out=tmp_path, qtype=policy))
+    tensors = [t for output in plan.outputs for t in output.tensors]
+    rounded = {"F32", "F16", "BF16", "Q8_0", "Q4_0"}
+    assert plan.n_locked == sum(t.n_weights for t in tensors if t.qtype.name not in rounded)
+    assert 0 < plan.n_locked < plan.n_weights
+
+
 def test_tensor_types_go_before_the_policy(official, tmp_path):
     types = ((r"layers\.0\.attention\.qkv", QTYPES["F16"]), (r"\.(qkv|attn_q)\.", QTYPES["Q5_0"]))
     request = ConvertRequest(source=str(official), out=tmp_path, tensor_types=types)
