@@ -159,6 +159,7 @@ def test_diffusers_reads_the_dit(
 def test_transformers_reads_the_text_encoder(
     oracle: Any, convert: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from diffusers import ZImagePipeline
     from transformers import AutoTokenizer, Qwen3Model
 
     # transformers reads the file three times, through a slow kind of array
@@ -177,6 +178,15 @@ def test_transformers_reads_the_text_encoder(
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     text = "<|im_start|>user\na fox, 狐狸 don't 12<|im_end|>\n"
     assert tokenizer(text).input_ids == oracle.tokenizer(text).input_ids
+    pipeline = ZImagePipeline(
+        **{**oracle.components, "text_encoder": model, "tokenizer": tokenizer}
+    )
+    with torch.inference_mode():
+        (theirs,), _ = pipeline.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+    engine = zquant.Engine.open(file.parent, device="cpu", compute_dtype="float32")
+    ours = paint_ours(engine, PROMPT, steps=1, **SIZE).prompt_embeds
+    engine.close()
+    assert relative_l2(ours, theirs.float()) <= SAME
 
 
 def read(config: Any, key: str) -> float:

@@ -25,6 +25,8 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {  # name: (module, one line of help)
     "convert": ("zquant.cli.convert", "make a quantized model folder from an original checkpoint"),
+    "calibrate": ("zquant.cli.calibrate", "measure what convert --imatrix weighs errors by"),
+    "verify": ("zquant.cli.verify", "check that a model is whole and undamaged"),
     "run": ("zquant.cli.run", "paint a picture from a prompt"),
     "plan": ("zquant.cli.plan", "show the memory and time a picture takes, without painting it"),
     "bench": ("zquant.cli.bench", "measure speed and memory, or what a picture costs"),

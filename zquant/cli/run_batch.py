@@ -15,7 +15,7 @@ from typing import Any
 
 from zquant.cli.run_request import open_engine, picture_fields
 
-__all__ = ["run_batch"]
+__all__ = ["batch_requests", "run_batch"]
 
 ALLOWED = (  # settings of a JSON line
     *("name", "negative_prompt", "width", "height", "steps", "seed", "count"),
@@ -42,7 +42,7 @@ class _Journal:
 def run_batch(args: argparse.Namespace) -> int:
     """Paint every prompt of the file that is not painted yet."""
     _check(args)
-    requests = list(_requests(args))
+    requests = list(batch_requests(args))
 
     from zquant.cli.progress import PhaseBar
     from zquant.formats.job_folder import JobFolder, JobItem, item_id
@@ -84,8 +84,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--out '{args.out}' is a picture; with --prompt-file name a folder")
 
 
-def _requests(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """File name and request of every picture: a line with a count is several."""
+def batch_requests(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """File name and request of every picture of `--prompt-file`: a line with a count is several."""
     from zquant.errors import FormatError
     from zquant.formats.prompt_file import read_prompts
     from zquant.request import RunRequest

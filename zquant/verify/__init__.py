@@ -1,0 +1,1 @@
+"""A model checked: its files against what they say of themselves, and against their source."""
