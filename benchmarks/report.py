@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from report_plots import plot_all
+from report_plots import peer_rows, plot_all
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -86,6 +86,24 @@ def measured() -> str:
     return markdown(["", *qtypes], rows)
 
 
+def peers() -> str:
+    """The same picture by several engines on one machine; who was absent is not listed."""
+    rows = [(row["size"], row["step_s"], row) for row in peer_rows(load)]
+    return markdown(
+        ["", "computes in", "one step", "peak RAM", "error of the latents"],
+        [
+            [
+                f"{size}x{size}, {row['label']}",
+                row["dtype"],
+                f"{step_s:.0f} s",
+                f"{row['peak_rss_bytes'] / GIB:.1f} GiB",
+                f"{100 * row['latents_error']:.2f} %",
+            ]
+            for size, step_s, row in sorted(rows, key=lambda each: each[:2])
+        ],
+    )
+
+
 def int8_blocks() -> str:
     """What int8 costs in one block of the true width."""
     errors = {
@@ -148,11 +166,46 @@ def projected() -> str:
     return markdown(head, [[c, *(cell(rows[(c, *key)]) for key in PROJECTED)] for c in cards])
 
 
+def importance() -> str:
+    """What importance does to the output of linears, mean over the matrices of a type."""
+    document = load("importance-demo")
+    rows = []
+    for qtype in document["settings"]["qtypes"]:
+        kinds = [row for row in document["linears"] if row["qtype"] == qtype]
+        n = sum(row["n"] for row in kinds)
+        means = (sum(r["n"] * r[way] for r in kinds) / n for way in ("without", "with"))
+        rows.append([qtype, str(n), *(f"{100 * mean:.2f} %" for mean in means)])
+    return markdown(["", "matrices", "plain", "with --imatrix"], rows)
+
+
+def target_size() -> str:
+    """The same bytes by a policy and by the solver."""
+    rows = {}
+    models = {"demo": "demo model", "wide": "random toy"}
+    for model in models:
+        for row in load(f"target-size-{model}")["rows"]:
+            solved = row["how"] == "target size"
+            rows[model, row["imatrix"], row["like"], solved] = row["latent_error_rms"]
+
+    def cell(model: str, imatrix: bool, like: str) -> str:
+        policy, solved = (rows[model, imatrix, like, which] for which in (False, True))
+        return f"{100 * policy:.2f} -> {100 * solved:.2f} %"
+
+    columns = [(model, imatrix) for model in models for imatrix in (False, True)]
+    head = [f"{models[model]}{', --imatrix' if imatrix else ''}" for model, imatrix in columns]
+    likes = dict.fromkeys(like for *_, like, _ in rows)
+    table = [[like, *(cell(*column, like) for column in columns)] for like in likes]
+    return markdown(["bytes of", *head], table)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "measured": measured,
+    "peers": peers,
     "int8-blocks": int8_blocks,
     "int8-demo": int8_demo,
     "projected": projected,
+    "importance": importance,
+    "target-size": target_size,
 }
 
 

@@ -12,10 +12,11 @@ from stream_simulator import Clock, SimulatedBlock, Use, forward
 from zquant.memory.plan import spread
 from zquant.memory.stream import BlockStream, StreamShape
 
-__all__ = ["plot_all"]
+__all__ = ["peer_rows", "plot_all"]
 
 Load = Callable[[str], dict[str, Any]]
 GIB = 2**30
+PEERS = ("cpu-peers-256",)
 SIZE = (7, 4.5)  # inches
 N_BLOCKS, N_STREAMED = 32, 27  # of the timeline: 2 GiB and Q4_K_M at 1024x1024 on an RTX 3060
 BLOCK_BYTES, BLOCK_S, LINK_BYTES_S = 115 * 2**20, 1.25 / 32, 12e9
@@ -44,18 +45,25 @@ def plot_all(folder: Path, load: Load) -> Iterator[Path]:
         yield path
 
 
+def peer_rows(load: Load) -> list[dict[str, Any]]:
+    """Every picture that an engine painted, the newest of each; the reference is not among them."""
+    rows = [row for name in PEERS for row in load(name)["rows"]]
+    ran = [row for row in rows if row["engine"] != "reference" and row["status"] == "ok"]
+    return list({(row["label"], row["size"], row["dtype"]): row for row in ran}.values())
+
+
 def _memory_seconds(axes: Any, load: Load) -> None:
-    """Every measured run of the whole model: peak RAM against seconds per step."""
-    for name in ("cpu-full-256", "cpu-full-512", "cpu-full-512-q4_k_m"):
-        document = load(name)
-        for row in document["run"]:
-            x, y = row["peak_rss_bytes"] / GIB, row["step_s"]
-            axes.plot(x, y, "o")
-            axes.annotate(f"zquant {row['qtype']}, {row['size']}", (x, y), fontsize=8)
-    machine = document["machine"]
+    """Every engine with the whole model on one machine: peak RAM against seconds per step."""
+    for row in peer_rows(load):
+        x, y = row["peak_rss_bytes"] / GIB, row["step_s"]
+        axes.plot(x, y, "o" if row["engine"] == "zquant" else "s")
+        label = f"{row['label']}, {row['size']}, {row['dtype']}"
+        axes.annotate(label, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    machine = load(PEERS[0])["machine"]
     axes.set(
         xlabel="peak RAM, GiB",
         ylabel="seconds per step",
+        yscale="log",
         title=f"measured, {machine['cores']} cores of {machine['cpu']}, {machine['capability']}",
     )
 
