@@ -216,8 +216,10 @@ def test_a_conversion_by_kernels_writes_the_files_of_the_cpu(tmp_path, monkeypat
     assert files[0] == files[1]
 
 
-def test_every_quantized_type_has_a_kernel():
-    assert set(QTYPES) == {name for name, q in qtypes.QTYPES.items() if not q.is_float}
+def test_types_without_a_kernel_are_known():
+    quantized = {name for name, q in qtypes.QTYPES.items() if not q.is_float}
+    on_a_cpu = {"Q4_1", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS"}
+    assert set(QTYPES) == quantized - on_a_cpu
 
 
 @pytest.mark.parametrize(
