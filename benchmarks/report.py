@@ -168,13 +168,15 @@ def projected() -> str:
 
 def importance() -> str:
     """What importance does to the output of linears, mean over the matrices of a type."""
-    document = load("importance-demo")
-    rows = []
-    for qtype in document["settings"]["qtypes"]:
-        kinds = [row for row in document["linears"] if row["qtype"] == qtype]
-        n = sum(row["n"] for row in kinds)
-        means = (sum(r["n"] * r[way] for r in kinds) / n for way in ("without", "with"))
-        rows.append([qtype, str(n), *(f"{100 * mean:.2f} %" for mean in means)])
+    rows = [
+        [
+            row["qtype"],
+            str(row["n"]),
+            *(f"{100 * row[way]:.2f} %" for way in ("without", "with")),
+        ]
+        for row in load("importance-demo")["linears"]
+        if row["kind"] == "all"
+    ]
     return markdown(["", "matrices", "plain", "with --imatrix"], rows)
 
 
