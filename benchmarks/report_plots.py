@@ -16,7 +16,8 @@ __all__ = ["peer_rows", "plot_all"]
 
 Load = Callable[[str], dict[str, Any]]
 GIB = 2**30
-PEERS = ("cpu-peers-256",)
+# the newer file wins where two have the same picture
+PEERS = ("cpu-peers-256", "cpu-peers-256-zquant", "cpu-peers-512")
 SIZE = (7, 4.5)  # inches
 N_BLOCKS, N_STREAMED = 32, 27  # of the timeline: 2 GiB and Q4_K_M at 1024x1024 on an RTX 3060
 BLOCK_BYTES, BLOCK_S, LINK_BYTES_S = 115 * 2**20, 1.25 / 32, 12e9

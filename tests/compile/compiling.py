@@ -47,8 +47,7 @@ __all__ = [
 ]
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
-# with the oldest Triton, one of each kind of code: no matrix instructions, warp's and warp group's
-OLDEST_ARCHITECTURES = (75, 86, 90)
+OLDEST_ARCHITECTURES = (75, 90)  # with the oldest Triton, the least and the most capable code
 # what one program may have, in KiB: the "maximum per thread block" of NVIDIA's programming guide
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 REGISTERS_PER_THREAD = 255
@@ -238,6 +237,8 @@ def _workers() -> Iterator[ProcessPoolExecutor]:
 
 def _set_cache(folder: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = folder
+    # a tenth of the time, and no instruction depends on it
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
 
 
 @cache

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.oracle
 SAME = 1e-5
 PROMPT = "a lighthouse at night"
 SIZE = {"width": 64, "height": 48}
-POLICIES = ["F32", "BF16", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_0"]
+POLICIES = ["BF16", "Q8_0", "Q6_K", "Q4_K_M"]  # others differ by decoders, which have tests
 
 
 class TensorReader(gguf.GGUFReader):

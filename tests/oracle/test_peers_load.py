@@ -21,7 +21,6 @@ pytestmark = pytest.mark.oracle
 PROMPT = "a lighthouse at night"
 SIZE = {"width": 64, "height": 48}
 OPTIONS = {
-    "Q4_K_M": ("--qtype", "Q4_K_M"),
     "mixed": (
         *("--qtype", "Q4_0", "--tensor-type", r"layers\.0\.attention=Q6_K"),
         *("--tensor-type", r"layers\.0\.feed_forward\.w1=Q2_K"),

@@ -117,8 +117,8 @@ def test_training_goes_on_where_it_was_killed(tmp_path: Path) -> None:
         "lr": 1e-3,
         "muon_lr": 1e-3,
     }
-    whole = argparse.Namespace(work=tmp_path / "whole", steps=4, save_every=100, **options)
-    killed = argparse.Namespace(work=tmp_path / "killed", steps=4, save_every=2, **options)
+    whole = argparse.Namespace(work=tmp_path / "whole", steps=2, save_every=100, **options)
+    killed = argparse.Namespace(work=tmp_path / "killed", steps=2, save_every=1, **options)
     for args in (whole, killed):
         args.work.mkdir()
     vae = train_vae(whole)
@@ -126,7 +126,7 @@ def test_training_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     train_painter(whole, vae, scenes, latents)
 
     def stop(step: int) -> None:
-        if step == 2:  # after the state of two steps was saved
+        if step == 1:  # after the state of one step was saved
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
