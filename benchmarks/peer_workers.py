@@ -6,9 +6,8 @@ The job names the engine, its files and the settings. Latents go to `.npy` files
 PNG, and the last line printed is one JSON document. diffusers' steps are timed from the entry of
 the transformer to the new latents, zquant's by its own clock from the end of one to the next.
 
-stable-diffusion.cpp is a program of its own: here are its arguments and what its output says. Both
-follow its documentation (`docs/z_image.md`, `examples/cli/README.md`) and are untested, as is
-nunchaku.
+stable-diffusion.cpp is a program of its own: here are its arguments and what its output says, as of
+its commit 487de75. nunchaku follows its documentation and is untested.
 """
 
 import json
@@ -337,6 +336,7 @@ def measured(job: Job, *, sdcpp: Path | None, gpu: Gpu | None, limit_s: float) -
         row = {
             "total_s": ended.wall_s,
             "peak_rss_bytes": ended.watch.ram_bytes or None,
+            "peak_private_bytes": ended.watch.private_bytes or None,
             "peak_vram_bytes": ended.watch.vram_bytes,
             "vram_witness": ended.watch.witness,
         }

@@ -7,19 +7,21 @@
     diffusers-offload  its networks brought to the GPU one after the other
     diffusers-group    its layers streamed to the GPU
     diffusers-gguf     the DiT of every converted model, by diffusers' own reader
-    sdcpp              stable-diffusion.cpp with the files of every converted model; untested
+    sdcpp              stable-diffusion.cpp with the files of every converted model
     nunchaku           diffusers with a DiT file of nunchaku's; untested
 
 Every engine has a process of its own, and a row that says why where it cannot run or has failed.
 Latents are compared with those of zquant in float32 on the checkpoint itself: it fits where
 diffusers in float32 does not, and the oracle tests find the two equal to 1e-5. Its embeddings are
 given to all that take some; with `--encode` every engine makes its own. stable-diffusion.cpp takes
-neither noise nor embeddings: its picture is compared, but is another where its noise is.
+neither noise nor embeddings: it draws the noise of the seed with torch's generator, holds a text
+encoder beside the DiT, and gives no latents, so that its picture alone is compared.
 
 The floor of a step is its float products at the best rate that torch reaches here; int8 may go
-below it. Steps are those after the first, which in some engines reads the weights. Memory is the
-largest resident set of the process, mapped files included, by the kernel's own count (`ru_maxrss`
-would begin with the parent's). The last line is one JSON document.
+below it. Steps are those after the first, which in some engines reads the weights. RAM is the
+largest resident set of the process by the kernel's own count, mapped files included; "own" is the
+most of it that was no page of a file. The last line is one JSON document; `--out` has it after
+every row.
 """
 
 import argparse
@@ -30,7 +32,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -69,7 +71,8 @@ ENGINES = {  # name -> whether it runs every converted model, or the checkpoint 
 }
 ON_GPU_ONLY = ("diffusers-offload", "diffusers-group", "nunchaku")
 PACKAGES = {"diffusers": ("diffusers",), "nunchaku": ("diffusers", "nunchaku")}
-HEADER = ["engine", "size", "step", "range", "floors", "total", "RAM", "VRAM", "latents", "PSNR"]
+HEADER = ["engine", "size", "step", "range", "floors", "total", "RAM", "own", "VRAM"]
+HEADER += ["latents", "PSNR"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,15 +122,16 @@ class Bench:
 def need(bench: Bench, engine: str, model: Path, size: int) -> Need:
     """What an engine takes for a picture; zquant's own plan decides for zquant.
 
-    Weights of 16 bits, or the files where they are used as they are; beside them the decoder of
+    Weights in `--dtype`, or the files where they are used as they are; beside them the decoder of
     the autoencoder, which holds three float32 images of 256 channels at the size of the picture.
     """
-    each = {name: 2 * n for name, n in bench.n_weights.items()}
+    width = getattr(torch, bench.args.dtype).itemsize
+    each = {name: width * n for name, n in bench.n_weights.items()}
     if engine == "sdcpp":
         files = model_files(model, {}, None)
         each = {name: _stored_bytes(getattr(files, name)) for name in each}
     elif engine == "diffusers-gguf":
-        one_expanded = 2 * bench.dit.dim * bench.dit.hidden_dim
+        one_expanded = width * bench.dit.dim * bench.dit.hidden_dim
         each["dit"] = _stored_bytes(model_files(model, {}, None).dit) + one_expanded
     elif engine == "nunchaku":
         each["dit"] = _stored_bytes(bench.args.nunchaku)
@@ -269,7 +273,7 @@ def compare(job: Job, reference: Job) -> dict[str, float]:
     return found
 
 
-def rows_of(bench: Bench, found: dict[str, Any]) -> list[dict[str, Any]]:
+def rows_of(bench: Bench, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The reference's row and those of all engines, for the size of a ceiling."""
     args, size = bench.args, found["size"]
     exact = reference_job(bench, size)
@@ -279,7 +283,7 @@ def rows_of(bench: Bench, found: dict[str, Any]) -> list[dict[str, Any]]:
         first |= {"status": "ok", "reason": "kept from an earlier run"}
     else:
         first |= carry_out(bench, exact)
-    rows = [_said(first, found["floor_s"])]
+    yield _said(first, found["floor_s"])
     for engine in args.engines:
         for model in args.models if ENGINES[engine] else [args.checkpoint]:
             label = f"{engine} {model.name}" if ENGINES[engine] else engine
@@ -291,8 +295,7 @@ def rows_of(bench: Bench, found: dict[str, Any]) -> list[dict[str, Any]]:
                 job = job_of(bench, exact, engine, model)
                 row |= carry_out(bench, job)
                 row |= compare(job, exact) if row["status"] == "ok" else {}
-            rows.append(_said(row, found["floor_s"]))
-    return rows
+            yield _said(row, found["floor_s"])
 
 
 def _said(row: dict[str, Any], floor_s: float) -> dict[str, Any]:
@@ -309,12 +312,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cells = [row["label"], str(row["size"])]
         if "step_s" not in row or row["status"] != "ok":
-            lines.append([*cells, f"{row['status']}: {row['reason']}", *[""] * 7])
+            lines.append([*cells, f"{row['status']}: {row['reason']}", *[""] * (len(HEADER) - 3)])
             continue
         step, least, most = (format_seconds(row[f"step{n}_s"]) for n in ("", "_min", "_max"))
         cells += [step, f"{least} to {most}", f"{row['ratio']:.2f}"]
         cells.append(format_seconds(row["total_s"]))
-        peaks = (row[f"peak_{name}_bytes"] for name in ("rss", "vram"))
+        peaks = (row[f"peak_{name}_bytes"] for name in ("rss", "private", "vram"))
         cells += ["-" if peak is None else format_bytes(peak) for peak in peaks]
         cells.append(f"{row['latents_error']:.2%}" if "latents_error" in row else "-")
         cells.append(f"{row['psnr_db']:.1f} dB" if "psnr_db" in row else "-")
@@ -340,12 +343,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         print(*report["ceilings"], sep="\n", flush=True)
         for found in report["ceilings"]:
-            report["rows"] += rows_of(bench, found)
-    for row in report["rows"]:
-        report["versions"] |= row.pop("versions", {})
+            for row in rows_of(bench, found):
+                report["versions"] |= row.pop("versions", {})
+                report["rows"].append(row)
+                if args.out:
+                    args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     print(table(report["rows"]))
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     print(json.dumps(report))
     ours = [row for row in report["rows"] if row["engine"] in ("zquant", "reference")]
     return int(any(row["status"] != "ok" for row in ours))

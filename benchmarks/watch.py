@@ -2,25 +2,23 @@
 
 VRAM has two witnesses. NVML names the bytes of a process, its CUDA context included; where it does
 not (a container that numbers processes anew, Windows) the growth of what is taken on the whole GPU
-stands for it, which is right only while nobody else uses the GPU. RAM is the largest resident set,
-mapped files included, that the kernel has noted for the process itself.
+stands for it, which is right only while nobody else uses the GPU. RAM is the largest resident set
+that the kernel has noted, mapped files included, and apart from it what is no page of a file:
+engines that map their weights and engines that read them differ by the first alone.
 
 `Gpu` can also hold VRAM, so that another process finds only so much of it free.
 """
 
 import threading
-import time
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from zquant.bench.watch import Nvml
+from zquant.bench.watch import Nvml, Sampler, vram_witness
 
 __all__ = ["Gpu", "Watch"]
 
-PERIOD_S = 0.02
 PAGE = 2**21  # bytes by which the driver hands out VRAM
 
 
@@ -73,43 +71,27 @@ class Gpu:
             torch.cuda.empty_cache()
 
 
-class Watch:
+class Watch(Sampler):
     """Peaks of a process from `start` to the end of the with-block.
 
     Attributes:
-        ram_bytes: largest resident set; 0 is unknown.
+        ram_bytes: largest resident set, mapped files included, of the process and those it started
+            together; pages that they share count for each. 0 is unknown.
+        private_bytes: of that what is no page of a file, which the system could drop.
         process_bytes: VRAM by NVML; None is unknown.
         device_bytes: VRAM that others than us took since this was made; None without a GPU.
-        rate_hz: samples per second.
     """
 
+    period_s = 0.02
+
     def __init__(self, gpu: Gpu | None) -> None:
+        super().__init__()
         self._gpu = gpu
         self._before = gpu.unclaimed_bytes() if gpu else 0
-        self._end = threading.Event()
-        self._thread: threading.Thread | None = None
         self.ram_bytes = 0
+        self.private_bytes = 0
         self.process_bytes: int | None = None
         self.device_bytes: int | None = None
-        self.rate_hz = 0.0
-
-    def __enter__(self) -> "Watch":
-        return self
-
-    def start(self, pid: int) -> None:
-        """Look at that process from now on."""
-        self._thread = threading.Thread(target=self._run, args=(pid,), daemon=True)
-        self._thread.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._end.set()
-        if self._thread is not None:
-            self._thread.join()
 
     @property
     def vram_bytes(self) -> int | None:
@@ -122,22 +104,14 @@ class Watch:
         """Who says `vram_bytes`."""
         if self._gpu is None:
             return ""
-        if self.process_bytes and not self._gpu.reason:
-            return "NVML, of the process"
-        reason = self._gpu.reason or "NVML does not list the process"
-        return f"growth of what is taken on the GPU ({reason})"
-
-    def _run(self, pid: int) -> None:
-        n, began = 0, time.perf_counter()
-        while True:
-            n += 1
-            self._sample(pid)
-            self.rate_hz = n / max(PERIOD_S, time.perf_counter() - began)
-            if self._end.wait(PERIOD_S):
-                return
+        return vram_witness(self._gpu.reason, listed=bool(self.process_bytes))
 
     def _sample(self, pid: int) -> None:
-        self.ram_bytes = max(self.ram_bytes, _peak_ram(pid))
+        found = [_status(p) for p in (pid, *_children(pid))]
+        now = sum(each.get("VmRSS", 0) for each in found)
+        private = sum(each.get("RssAnon", 0) + each.get("RssShmem", 0) for each in found)
+        self.ram_bytes = max(self.ram_bytes, now, found[0].get("VmHWM", 0))
+        self.private_bytes = max(self.private_bytes, private)
         if self._gpu is None:
             return
         taken = self._before - self._gpu.unclaimed_bytes()
@@ -147,13 +121,23 @@ class Watch:
             self.process_bytes = max(self.process_bytes or 0, process)
 
 
-def _peak_ram(pid: int) -> int:
-    """Of a process that still runs, what the kernel has noted; else 0.
+def _status(pid: int) -> dict[str, int]:
+    """Bytes that the kernel counts for a process, by its names for them; none where it has ended.
 
-    `ru_maxrss` would not do: a process inherits it from the one that started it.
+    `VmHWM` is the peak that it has noted itself; `ru_maxrss` would not do, as a process inherits it
+    from the one that started it.
     """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (OSError, ValueError):
-        return 0
-    return next((int(s.split()[1]) * 1024 for s in lines if s.startswith("VmHWM:")), 0)
+        return {}
+    counted = (line.split() for line in lines if line.endswith(" kB"))
+    return {name.rstrip(":"): int(kib) * 1024 for name, kib, _ in counted}
+
+
+def _children(pid: int) -> list[str]:
+    """Processes that it started and that still run."""
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []

@@ -1,9 +1,7 @@
 """What to paint, and what was painted.
 
 A request names the picture; `None` fields take the model's own defaults when it runs. Sizes are
-pixels; presets are the sizes the model was made for.
-
-Source: size presets of the official Z-Image demo.
+pixels.
 """
 
 from dataclasses import dataclass, field
@@ -17,9 +15,9 @@ __all__ = [
     "MAX_PIXELS",
     "MAX_STEPS",
     "PIXEL_MULTIPLE",
-    "PRESETS",
     "RunRequest",
     "RunResult",
+    "parse_size",
 ]
 
 PIXEL_MULTIPLE = 16
@@ -29,26 +27,17 @@ MAX_COUNT = 1000  # the noise and the results of all pictures are in memory toge
 
 _FLOAT32_MAX = 3.4e38  # the latents are float32
 
-_LANDSCAPE = {
-    "720": ("720x720", "896x512", "832x544", "800x576"),
-    "1024": ("1024x1024", "1152x896", "1152x864", "1248x832", "1280x720", "1344x576"),
-    "1280": ("1280x1280", "1440x1120", "1472x1104", "1536x1024", "1536x864", "1680x720"),
-    "1536": ("1536x1536", "1728x1344", "1728x1296", "1872x1248", "2048x1152", "2016x864"),
-}
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height in pixels from "512" or "1280x720"; whether they can be painted is not said.
 
-def _presets() -> dict[str, tuple[int, int]]:
-    """Name -> (width, height): every size, its transpose, and each group's square by its edge."""
-    sizes = {}
-    for group, names in _LANDSCAPE.items():
-        sizes[group] = (int(group), int(group))
-        for name in names:
-            width, height = (int(edge) for edge in name.split("x"))
-            sizes[name], sizes[f"{height}x{width}"] = (width, height), (height, width)
-    return sizes
-
-
-PRESETS = _presets()
+    Raises:
+        ValueError: it is neither.
+    """
+    edges = text.split("x")
+    if len(edges) > 2 or not all(e.isascii() and e.isdigit() and len(e) < 6 for e in edges):
+        raise ValueError(f"size {text!r:.80} is not pixels; write it like 512 or 1280x720")
+    return int(edges[0]), int(edges[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,8 @@ Z_IMAGE: Any = {"dim": 3840, "hidden_dim": 10240, "n_layers": 30, "n_refiner_lay
 
 
 def bench(tmp_path: Path, **flags: Any) -> Any:
-    args = {"device": "cpu", "encode": False, "sdcpp": None, "nunchaku": None} | flags
+    args = {"device": "cpu", "encode": False, "sdcpp": None, "nunchaku": None, "dtype": "bfloat16"}
+    args |= flags
     return peers.Bench(
         args=argparse.Namespace(**args),
         n_weights=N_WEIGHTS,
@@ -89,6 +90,8 @@ def test_memory_on_a_cpu_is_everything_at_once(tmp_path: Path) -> None:
     assert why == "needs about 20.9 GiB of RAM; 20.0 GiB are available"
     larger = peers.need(bench(tmp_path), "diffusers", MODEL, 1024)
     assert larger.ram == need.ram + 3 * decoder
+    wide = peers.need(bench(tmp_path, dtype="float32"), "diffusers", MODEL, 512)
+    assert wide.ram == GIB + 4 * (N_WEIGHTS["dit"] + N_WEIGHTS["vae"]) + decoder
 
 
 def test_memory_of_files_that_are_used_as_they_are(tmp_path: Path) -> None:
@@ -212,7 +215,7 @@ def test_a_program_is_run_watched_and_read(job: Any, tmp_path: Path) -> None:
     assert (row["status"], row["reason"]) == ("ok", "")
     assert 0.1 < row["step_s"] < row["total_s"]  # slept 0.2 s
     assert math.isclose(row["first_step_s"], max(0, 0.5 - row["step_s"]), abs_tol=1e-9)
-    assert row["peak_rss_bytes"] > 2**20
+    assert row["peak_rss_bytes"] > row["peak_private_bytes"] > 2**20
     assert row["peak_vram_bytes"] is None
     given = json.loads(Path(job.picture + ".json").read_text())
     assert given["--diffusion-model"] == str(MODEL / "dit-Q8_0.gguf")
@@ -323,7 +326,7 @@ def play(
         np.save(Path(job.noise).with_name("embeds.npy"), latents)
         Image.new("RGB", (64, 64), (100 if name == "reference" else 110,) * 3).save(job.picture)
         figures = {f"step{n}_s": 2.0 for n in ("", "_min", "_max")}
-        memory = {"peak_rss_bytes": GIB, "peak_vram_bytes": None}
+        memory = {"peak_rss_bytes": GIB, "peak_private_bytes": GIB, "peak_vram_bytes": None}
         return {"total_s": 9.0, **figures, **memory, "versions": {name: "1"}, **told}
 
     def go(*words: str, **told: Any) -> tuple[int, Any, str]:

@@ -162,3 +162,38 @@ def test_the_peak_of_ram_is_that_of_the_process_alone_and_is_never_missed() -> N
             process.wait()
     assert 128 * MIB < found.ram_bytes < 128 * MIB + 30 * MIB  # ours is larger than that by itself
     assert (found.vram_bytes, found.witness) == (None, "")
+
+
+def test_pages_of_files_are_counted_apart(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(64 * MIB))
+    code = (
+        "import mmap, sys, time; x = b'x' * 2**25; f = open(sys.argv[1], 'rb');"
+        "m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); n = sum(m[::4096]);"
+        "print('read', flush=True); time.sleep(0.5)"
+    )
+    command = [sys.executable, "-ISc", code, str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"read\n"
+        with watch.Watch(None) as found:
+            found.start(process.pid)
+            process.wait()
+    assert 32 * MIB < found.private_bytes < 32 * MIB + 20 * MIB
+    assert found.ram_bytes > found.private_bytes + 64 * MIB
+
+
+def test_worker_processes_are_counted_too() -> None:
+    child = "x = b'x' * 2**26; print('made', flush=True); input()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-ISc', {child!r}])"
+    command = [sys.executable, "-ISc", code]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,
+        watch.Watch(None) as found,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"made\n"
+        found.start(process.pid)
+        time.sleep(0.3)
+        process.communicate(b"\n")
+    assert found.private_bytes > 64 * MIB

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from zquant.request import PRESETS, RunRequest
+from zquant.request import RunRequest, parse_size
 
 WRONG = {
     "empty prompt": ({"prompt": ""}, "the prompt is empty; describe the picture"),
@@ -80,10 +80,14 @@ def test_what_can_be_painted_is_accepted(fields: dict[str, Any]) -> None:
     assert all(getattr(request, name) is value for name, value in fields.items())
 
 
-def test_presets_are_sizes_that_can_be_asked_for() -> None:
-    assert PRESETS["1024"] == (1024, 1024)
-    assert PRESETS["1280x720"] == (1280, 720)
-    assert PRESETS["720x1280"] == (720, 1280)
-    for name, (width, height) in PRESETS.items():
-        RunRequest(prompt="a", width=width, height=height)
-        assert name in (str(width), f"{width}x{height}")
+@pytest.mark.parametrize(
+    ("text", "size"), [("512", (512, 512)), ("1280x720", (1280, 720)), ("16x32", (16, 32))]
+)
+def test_a_size_is_one_edge_or_two(text: str, size: tuple[int, int]) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "512x", "1x2x3", "-16", "5e2", "99999999", "٥١٢"])
+def test_what_is_no_size_is_said(text: str) -> None:
+    with pytest.raises(ValueError, match="is not pixels; write it like 512 or 1280x720"):
+        parse_size(text)

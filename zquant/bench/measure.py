@@ -24,7 +24,7 @@ from zquant.errors import ZQuantError
 from zquant.request import RunRequest
 from zquant.units import format_seconds
 
-__all__ = ["Bench", "bench", "parse_size"]
+__all__ = ["Bench", "bench"]
 
 WORKER = (sys.executable, "-m", "zquant.bench.worker")
 EVENT = '{"event"'
@@ -91,18 +91,6 @@ class Bench:
             "machine": dict(self.machine),
             **values,
         }
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Width and height from "512" or "1280x720".
-
-    Raises:
-        ValueError: it is neither.
-    """
-    edges = text.split("x")
-    if len(edges) > 2 or not all(e.isascii() and e.isdigit() and len(e) < 6 for e in edges):
-        raise ValueError(f"size {text!r:.80} is not pixels; write it like 512 or 1280x720")
-    return int(edges[0]), int(edges[-1])
 
 
 def bench(what: Bench, command: str, say: Say, progress: Progress) -> dict[str, Any]:

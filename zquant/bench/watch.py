@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["Nvml", "Watch"]
+__all__ = ["Nvml", "Sampler", "Watch", "vram_witness"]
+
+S = TypeVar("S", bound="Sampler")
 
 PERIOD_S = 0.05
 N_PROCESSES = 256
@@ -84,32 +86,28 @@ class Nvml:
         return not code
 
 
-class Watch:
-    """The peak of a process from `start` to the end of the with-block.
+class Sampler:
+    """Looks at a process from `start` to the end of the with-block, in a thread of its own.
 
     Attributes:
-        process_bytes: by NVML; None is unknown.
-        growth_bytes: of what is taken on the GPU since this was made; None is unknown.
+        period_s: between two looks.
         rate_hz: samples per second.
     """
 
-    def __init__(self, nvml: Nvml | None) -> None:
-        self._nvml = nvml
-        self._before = nvml.used_bytes() if nvml else None
+    period_s = PERIOD_S
+
+    def __init__(self) -> None:
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
-        self.process_bytes: int | None = None
-        self.growth_bytes: int | None = None
         self.rate_hz = 0.0
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self: S) -> S:
         return self
 
     def start(self, pid: int) -> None:
-        """Look at that process from now on; without a GPU there is nothing to look at."""
-        if self._nvml is not None:
-            self._thread = threading.Thread(target=self._run, args=(pid,), daemon=True)
-            self._thread.start()
+        """Look at that process from now on."""
+        self._thread = threading.Thread(target=self._run, args=(pid,), daemon=True)
+        self._thread.start()
 
     def __exit__(
         self,
@@ -120,6 +118,47 @@ class Watch:
         self._end.set()
         if self._thread is not None:
             self._thread.join()
+
+    def _run(self, pid: int) -> None:
+        n, began = 0, time.perf_counter()
+        while True:
+            self._sample(pid)
+            n += 1
+            self.rate_hz = n / max(self.period_s, time.perf_counter() - began)
+            if self._end.wait(self.period_s):
+                return
+
+    def _sample(self, pid: int) -> None:
+        """Look once."""
+        raise NotImplementedError
+
+
+def vram_witness(reason: str, *, listed: bool) -> str:
+    """Who says what VRAM a process held: NVML where it `listed` the process, with no `reason`."""
+    if listed and not reason:
+        return "NVML, of the process"
+    return f"growth of what is taken on the GPU ({reason or 'NVML does not list the process'})"
+
+
+class Watch(Sampler):
+    """The peak of a process from `start` to the end of the with-block.
+
+    Attributes:
+        process_bytes: by NVML; None is unknown.
+        growth_bytes: of what is taken on the GPU since this was made; None is unknown.
+    """
+
+    def __init__(self, nvml: Nvml | None) -> None:
+        super().__init__()
+        self._nvml = nvml
+        self._before = nvml.used_bytes() if nvml else None
+        self.process_bytes: int | None = None
+        self.growth_bytes: int | None = None
+
+    def start(self, pid: int) -> None:
+        """Look at that process from now on; without a GPU there is nothing to look at."""
+        if self._nvml is not None:
+            super().start(pid)
 
     @property
     def vram_bytes(self) -> int | None:
@@ -136,19 +175,7 @@ class Watch:
         """Who says `vram_bytes`; empty without a GPU."""
         if self._nvml is None:
             return ""
-        if not self._is_unlisted:
-            return "NVML, of the process"
-        reason = self._nvml.reason or "NVML does not list the process"
-        return f"growth of what is taken on the GPU ({reason})"
-
-    def _run(self, pid: int) -> None:
-        n, began = 0, time.perf_counter()
-        while True:
-            self._sample(pid)
-            n += 1
-            self.rate_hz = n / max(PERIOD_S, time.perf_counter() - began)
-            if self._end.wait(PERIOD_S):
-                return
+        return vram_witness(self._nvml.reason, listed=self.process_bytes is not None)
 
     def _sample(self, pid: int) -> None:
         assert self._nvml is not None

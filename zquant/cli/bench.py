@@ -81,9 +81,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from zquant.bench.measure import Bench, bench, parse_size
+    from zquant.bench.measure import Bench, bench
     from zquant.bench.table import bench_text
     from zquant.cli.progress import PhaseBar
+    from zquant.request import parse_size
 
     given = {name: getattr(args, name) for name in ("steps", "repeat")}
     if args.sizes is not None:

@@ -64,7 +64,7 @@ def add_model_arguments(parser: Any) -> None:
 
 def add_picture_arguments(parser: Any) -> None:
     """What decides the memory of a picture; `parser` may be a group of one."""
-    parser.add_argument("--size", metavar="NAME", help="a preset, e.g. 1024, 1280x720, 832x1248")
+    parser.add_argument("--size", metavar="SIZE", help="pixels, e.g. 1024 or 1280x720")
     parser.add_argument("--width", type=int, help="pixels, a multiple of 16")
     parser.add_argument("--height", type=int, help="pixels, a multiple of 16")
     parser.add_argument("--steps", type=int)
@@ -151,13 +151,11 @@ def request_of(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def picture_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The request fields that flags set."""
-    from zquant.request import PRESETS
+    from zquant.request import parse_size
 
     fields: dict[str, Any] = {}
     if args.size is not None:
-        if args.size not in PRESETS:
-            raise ValueError(f"size {args.size!r} is unknown; known: {', '.join(PRESETS)}")
-        fields["width"], fields["height"] = PRESETS[args.size]
+        fields["width"], fields["height"] = parse_size(args.size)
     for name in FROM_RECIPE:
         if name != "prompt" and getattr(args, name, None) is not None:
             fields[name] = getattr(args, name)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.unit.bench.bench_testing import CEILING, MEMORY, READY, SURVEY, Play, painted
 from zquant.bench import measure
-from zquant.bench.measure import Bench, parse_size
+from zquant.bench.measure import Bench
 from zquant.bench.schema import SCHEMA
 from zquant.bench.table import bench_text
 from zquant.errors import FormatError, ZQuantError
@@ -168,19 +168,6 @@ def test_a_gpu_s_vram_stands_beside_the_allocator_s(
     assert (peaks["vram_process_bytes"], peaks["vram_allocator_bytes"]) == (4000, 3500)
     assert peaks["vram_witness"] == "NVML, of the process"
     assert "VRAM: NVML, of the process (" in bench_text(document)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("512", (512, 512)), ("1280x720", (1280, 720)), ("16x32", (16, 32))]
-)
-def test_a_size_is_one_edge_or_two(text: str, size: tuple[int, int]) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "x", "512x", "1x2x3", "-16", "5e2", "99999999", "٥١٢"])
-def test_what_is_no_size_is_said(text: str) -> None:
-    with pytest.raises(ValueError, match="is not pixels; write it like 512 or 1280x720"):
-        parse_size(text)
 
 
 @pytest.mark.parametrize(

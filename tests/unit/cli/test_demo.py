@@ -81,14 +81,13 @@ def test_it_paints_at_its_own_size_and_the_recipe_has_the_numbers(command: Comma
     [
         (["--width", "16"], (16, 32)),
         (["--height", "64"], (48, 64)),
-        (["--size", "stamp"], (16, 16)),
+        (["--size", "16"], (16, 16)),
     ],
-    ids=["width", "height", "preset"],
+    ids=["width", "height", "size"],
 )
 def test_what_is_asked_for_goes_before_its_own_size(
-    command: Command, flags: list[str], size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    command: Command, flags: list[str], size: tuple[int, int]
 ) -> None:
-    monkeypatch.setitem(zquant.request.PRESETS, "stamp", (16, 16))
     assert command("run", "a red circle", "--model", "demo", *flags)[0] == 0
     with Image.open("zquant.png") as image:
         assert image.size == size

@@ -105,18 +105,18 @@ def test_single_files_instead_of_a_folder(run: Run, toy_folder: Path) -> None:
     assert pixels(Path("zquant.png")) == alone
 
 
-def test_a_size_by_name(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zquant import request
-
-    monkeypatch.setitem(request.PRESETS, "stamp", (48, 16))
+def test_a_size_in_one_flag(run: Run) -> None:
     words = ("a", "--steps", "1", "--compute-dtype", "float32")
-    assert run(*words, "--size", "stamp", small=False)[0] == 0
+    assert run(*words, "--size", "48x16", small=False)[0] == 0
     assert read_recipe("zquant.png")["width"] == 48
-    assert run(*words, "--size", "stamp", "--height", "32", small=False)[0] == 0
+    assert run(*words, "--size", "48x16", "--height", "32", small=False)[0] == 0
     assert read_recipe("zquant.png")["height"] == 32
     code, _, err = run(*words, "--size", "huge", small=False)
     assert code == 2
-    assert "size 'huge' is unknown; known: 720, 720x720," in err
+    assert "size 'huge' is not pixels; write it like 512 or 1280x720" in err
+    code, _, err = run(*words, "--size", "500", small=False)
+    assert code == 2
+    assert "width is 500; it must be a multiple of 16" in err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
