@@ -2,27 +2,29 @@
 
     python benchmarks/end_to_end.py SOURCE WORK --qtypes Q8_0 Q4_K_M --sizes 256 512 --out FILE
 
-Every command runs in its own process; its time is wall time, its memory the peak resident set of
-it and its worker processes, mapped and shared pages included. The floor of a step is its
-multiplications at the rate this machine reaches on one of the model's own matrices, plus the
-expansion of every weight at the rate of the decoder alone; attention and elementwise work are not
-in the floor. With `--sdcpp` and `--sdcpp-source`, a DiT in one file, the converter of
-stable-diffusion.cpp is measured too (its arguments follow its documentation and are untested); it
-converts that file, zquant all three networks, so compare MB/s. The last line is one JSON document.
+Every command runs in its own process; its time is wall time, its memory what `benchmarks/watch.py`
+sees of it and its worker processes. A step is the median of those after the first, which also
+reads the weights. The floor of a step is its multiplications at the rate this machine reaches on
+one of the model's own matrices, plus the expansion of every weight at the rate of the decoder
+alone; attention and elementwise work are not in the floor.
+
+With `--sdcpp` and `--sdcpp-source`, a DiT in one file, the converter of stable-diffusion.cpp is
+measured too; it converts that file, zquant all three networks, so compare MB/s. The last line is
+one JSON document.
 """
 
 import argparse
 import json
-import os
+import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
+from machine import command_line, describe_machine, sdcpp_version
+from watch import Watch
 
 import zquant.memory.device
 from zquant.quant.codec import dequantize
@@ -33,14 +35,19 @@ DIM, HIDDEN, LAYERS, REFINERS = 3840, 10240, 30, 2
 BLOCK_WEIGHTS = 4 * DIM**2 + 3 * DIM * HIDDEN
 CAPTION_TOKENS = 32
 PROMPT = "a red fox in the snow, golden light, photograph"
-SCHEMA = "zquant-end-to-end-1"
+SCHEMA = "zquant-end-to-end-2"
 SDCPP_TYPES = {"Q8_0": "q8_0", "Q6_K": "q6_K", "Q4_K_S": "q4_K", "Q4_K_M": "q4_K", "Q4_0": "q4_0"}
 
 
 def main() -> int:
     """Run everything, print as it comes, end with the document."""
     args = _arguments()
-    report: dict[str, Any] = {"schema": SCHEMA, "machine": machine(args.compute_dtype)}
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "machine": machine(args.compute_dtype),
+        "command": command_line("benchmarks/end_to_end.py", sys.argv[1:]),
+        "sdcpp": sdcpp_version(args.sdcpp),
+    }
     print(json.dumps(report["machine"], indent=1))
     report["convert"], report["peers_convert"] = [], []
     for qtype in args.qtypes:
@@ -119,38 +126,19 @@ def _zquant(*words: str) -> tuple[dict[str, Any], str]:
 
 
 def _measured(command: list[str]) -> tuple[dict[str, Any], str]:
-    """Run a command; its wall time, CPU time and peak memory, and what it printed."""
+    """Run a command; its wall time and peak memory, and what it printed."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    peaks = [0]
-    threading.Thread(target=_watch, args=(process.pid, peaks), daemon=True).start()
-    printed = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    with Watch(None) as watch, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        watch.start(run.pid)
+        printed, _ = run.communicate()
+    if run.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {run.returncode}")
     figures = {
         "wall_s": round(time.perf_counter() - start, 2),
-        "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
-        "peak_rss_bytes": max(usage.ru_maxrss * 1024, max(peaks)),
+        "peak_rss_bytes": watch.ram_bytes,
+        "peak_private_bytes": watch.private_bytes,
     }
     return figures, printed
-
-
-def _watch(pid: int, peaks: list[int]) -> None:
-    """Collect the resident bytes of a process and its children, 10 times a second."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    while True:
-        try:
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            sizes = [Path(f"/proc/{p}/statm").read_text().split() for p in (pid, *children)]
-        except (FileNotFoundError, ProcessLookupError):
-            if not Path(f"/proc/{pid}/statm").exists():
-                return
-            continue  # a child has just ended
-        peaks.append(sum(page * int(size[1]) for size in sizes if len(size) > 1))
-        time.sleep(0.1)
 
 
 def _convert(source: Path, folder: Path, qtype: str) -> dict[str, Any]:
@@ -196,14 +184,14 @@ def _run(
     listed = [str(word) for flag in flags.items() for word in flag]
     figures, printed = _zquant("run", PROMPT, *listed)
     timings = json.loads(printed)["timings"]
-    steps = sorted(timings["steps"])
+    steps = timings["steps"]
     floor = floor_seconds(size, qtype, rates)
     return {
         "qtype": qtype,
         "size": size,
         **figures,
-        "step_s": round(steps[len(steps) // 2], 2),
-        "first_step_s": round(timings["steps"][0], 2),
+        "step_s": round(statistics.median(steps[1:] or steps), 2),
+        "steps_s": [round(step, 2) for step in steps],
         "text_encoder_s": round(timings["text_encoder"], 2),
         "vae_s": round(timings["vae"], 2),
         "floor": {name: round(value, 2) for name, value in floor.items()},
@@ -223,7 +211,8 @@ def _say(row: dict[str, Any]) -> None:
         return
     floor = row["floor"]["multiply_s"] + row["floor"]["expand_s"]
     print(
-        f"run {row['qtype']} {row['size']}x{row['size']}: floor {floor:.1f} s/step, "
+        f"run {row['qtype']} {row['size']}x{row['size']}: {format_seconds(row['wall_s'])} in all, "
+        f"floor {floor:.1f} s/step, "
         f"measured {row['step_s']:.1f} s/step ({row['step_s'] / floor:.2f} times), peak RSS {peak}",
         flush=True,
     )

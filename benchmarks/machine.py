@@ -3,6 +3,7 @@
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 import zquant
 
-__all__ = ["command_line", "describe_machine", "told"]
+__all__ = ["command_line", "describe_machine", "sdcpp_version", "told"]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -42,6 +43,17 @@ def told(value: Any) -> Any:
     if isinstance(value, list):
         return [told(each) for each in value]
     return value.name if isinstance(value, Path) else value
+
+
+def sdcpp_version(program: Path | None) -> str | None:
+    """The first line of stable-diffusion.cpp about itself; None where it says none."""
+    if program is None or shutil.which(program) is None:
+        return None
+    try:
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said.stdout.strip().partition("\n")[0] or None
 
 
 def _cpu_name() -> str:

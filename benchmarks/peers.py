@@ -29,7 +29,6 @@ import hashlib
 import json
 import math
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -42,7 +41,7 @@ from typing import Any
 
 import torch
 from demo_quality import psnr_db, relative_l2
-from machine import command_line, describe_machine, told
+from machine import command_line, describe_machine, sdcpp_version, told
 from peer_workers import Job, measured
 from PIL import Image
 from watch import Gpu
@@ -337,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "command": command_line("benchmarks/peers.py", argv or sys.argv[1:]),
             "settings": {key: told(value) for key, value in vars(args).items()},
             "reference": "zquant, float32, on the checkpoint",
-            "versions": {"sdcpp": _sdcpp_version(args.sdcpp)},
+            "versions": {"sdcpp": sdcpp_version(args.sdcpp)},
             "ceilings": [ceiling(bench.dit, size, args.device) for size in args.sizes],
             "rows": [],
         }
@@ -352,17 +351,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(report))
     ours = [row for row in report["rows"] if row["engine"] in ("zquant", "reference")]
     return int(any(row["status"] != "ok" for row in ours))
-
-
-def _sdcpp_version(program: Path | None) -> str | None:
-    """Its first line about itself; None where it says none."""
-    if program is None or shutil.which(program) is None:
-        return None
-    try:
-        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None  # its rows will say what is wrong
-    return said.stdout.strip().partition("\n")[0] or None
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -7,6 +7,7 @@ a step works in is reserved once: the allocator cuts its tensors out of that.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from zquant.memory.stream import StreamReport
 from zquant.models.checkpoint import Checkpoint
 from zquant.models.dit import DiT, Prompt
 from zquant.models.text_encoder import TextEncoder
+from zquant.models.vae import VAE
 from zquant.models.vae_stripes import decode_striped
 from zquant.units import format_bytes
 from zquant.velocity import Guidance, Velocity, check_finite, not_finite
@@ -88,6 +90,7 @@ class Phases:
             # libraries take some of what the plan has for them from torch's allocator
             share = (plan.budget_bytes - plan.machine.outside + WORKSPACES) / total
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device.torch_device)
+            _claim_workspace(device)
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         """float32 `[T, width]` embeddings on the CPU of token ids.
@@ -165,21 +168,26 @@ class Phases:
         Raises:
             ZQuantError: a picture is not finite.
         """
-        device, plan = self.device, self.plan.vae
+        device = self.device
         where = device.torch_device
         vae = self.checkpoint.vae(where, device.vae_dtype)
         try:
             for each in latents:
-                if plan.rows is None:
-                    picture = vae.decode_latents(each.to(where))[0].cpu()
-                else:
-                    store = where if plan.stored else "cpu"
-                    picture = decode_striped(vae, each.to(where), rows=plan.rows, store=store)[0]
+                with _whole_float32():
+                    picture = self._decoded(vae, each.to(where))
                 check_finite(picture, "the VAE", device.vae_dtype)
                 yield picture
         finally:
             del vae
             self._leave("vae")
+
+    def _decoded(self, vae: VAE, latents: Tensor) -> Tensor:
+        """float32 `[3, 8H, 8W]` on the CPU."""
+        plan = self.plan.vae
+        if plan.rows is None:
+            return vae.decode_latents(latents)[0].cpu()
+        store = latents.device if plan.stored else "cpu"
+        return decode_striped(vae, latents, rows=plan.rows, store=store)[0]
 
     def _run(self, component: str, plan: NetworkPlan, work: Callable[[Any], T]) -> T:
         """`work(network)`, its weights where the plan wants them; all gone afterwards."""
@@ -269,3 +277,23 @@ class Phases:
         trim_heap()
         if self.device.is_cuda:
             torch.cuda.empty_cache()
+
+
+def _claim_workspace(device: Device) -> None:
+    """Let cuBLAS take its workspace now: it keeps it, and with it the segment that it lies in.
+
+    Taken at the first product of a phase it would lie in what `_reserve` reserved.
+    """
+    square = torch.ones(16, 16, dtype=device.compute_dtype, device=device.torch_device)
+    torch.mm(square, square)
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Convolutions of float32 in float32: by itself cuDNN rounds what they multiply to TF32."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before

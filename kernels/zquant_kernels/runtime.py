@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "CompileCase",
     "capability",
     "forbidden",
+    "has_tensor_cores",
     "on_device",
     "tl",
     "triton",
@@ -97,12 +99,34 @@ def why_not(device: torch.device) -> str:
     if have < MIN_CAPABILITY:
         name, shown = torch.cuda.get_device_name(device), ".".join(map(str, have))
         return f"Triton kernels need compute capability 7.5; '{name}' has {shown}"
+    return _launcher_trouble()
+
+
+@cache
+def _launcher_trouble() -> str:
+    """Why Triton cannot build what launches kernels; empty when it can.
+
+    It compiles a little C against Python's headers, when it is first used and for every kernel.
+    """
+    try:
+        triton.runtime.driver.active.get_current_device()
+    except Exception as error:  # of a compiler, a linker or the driver, by no common type
+        said = str(error).partition("\n")[0]
+        return (
+            f"Triton cannot build its launcher ({type(error).__name__}: {said:.200}); it needs a "
+            f"C compiler and Python's headers, e.g. the packages gcc and python3-dev"
+        )
     return ""
 
 
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device; (0, 0) for what is none, as under the interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether a CUDA device multiplies matrices; of compute capability 7.5 the GTX 16 does not."""
+    return capability(device) >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name(device)
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:

@@ -30,6 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     stats = lambda _: {"num_device_alloc": said["allocations"]}  # noqa: E731 # one line says it
     monkeypatch.setattr(torch.cuda, "memory_stats", stats)
     monkeypatch.setattr(phases, "process_vram_bytes", lambda: said["process"])
+    monkeypatch.setattr(phases, "_claim_workspace", lambda _: said.update(claimed="share" in said))
     return said
 
 
@@ -56,6 +57,11 @@ def played(asked: dict[str, Any], toy_engine: zquant.Engine) -> Phases:
         phases=(phase,),
     )
     return Phases(toy_engine.checkpoint, Gpu(), plan)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("played")
+def test_libraries_take_their_workspace_before_anything_is_reserved(asked: dict[str, Any]) -> None:
+    assert asked["claimed"]  # under the ceiling that the allocator then has
 
 
 @pytest.mark.usefixtures("played")
@@ -92,3 +98,32 @@ def test_what_the_driver_counts_is_reported(played: Phases, asked: dict[str, Any
     asked["process"] = 2 * GIB + 300 * MIB
     assert played.measured()["measured_vram_bytes"] == 3 * GIB + 300 * MIB
     assert played.measured()["budget_bytes"] == 4 * GIB
+
+
+def test_a_workspace_is_claimed_by_a_product_in_the_compute_dtype(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    products = []
+    monkeypatch.setattr(torch, "mm", lambda a, b: products.append((a.dtype, b.device.type)))
+    cpu = SimpleNamespace(compute_dtype=torch.bfloat16, torch_device=torch.device("cpu"))
+    phases._claim_workspace(cpu)  # type: ignore[arg-type]
+    assert products == [(torch.bfloat16, "cpu")]
+
+
+def test_convolutions_of_float32_are_not_rounded_to_tf32(
+    monkeypatch: pytest.MonkeyPatch, toy_engine: zquant.Engine
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+
+    class Seeing(Phases):
+        def _decoded(self, *_: Any) -> torch.Tensor:
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return torch.zeros(3, 8, 8)
+
+    plan = SimpleNamespace(vae=VAEPlan())
+    found = Seeing(toy_engine.checkpoint, toy_engine.device, plan)  # type: ignore[arg-type]
+    pictures = found.decode([torch.zeros(1, 16, 8, 8)])
+    next(pictures)
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32  # for whoever takes the picture

@@ -100,8 +100,13 @@ def probe(
         DeviceError: the device is unknown or absent, the dtype is unknown, or Triton is asked for
             and cannot run.
         ValueError: another choice is unknown.
+
+    A GPU becomes torch's current device.
     """
     chosen = _torch_device(device)
+    if chosen.type == "cuda":
+        # events, streams and pinned memory go to the current device; this also initializes CUDA
+        torch.cuda.set_device(chosen)
     if compute_dtype == AUTO:
         dtype, reason = _auto_dtype(chosen)
     elif compute_dtype in COMPUTE_DTYPES:

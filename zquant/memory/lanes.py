@@ -29,6 +29,8 @@ cuda: Any = torch.cuda  # it has no types
 Event: TypeAlias = Any  # torch.cuda.Event; None on a CPU
 Queue: TypeAlias = Literal["copy", "compute"]
 
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU, not the current one alone
+
 
 class StreamedBlock(Protocol):
     """A block as a file has it: `n_bytes` of a flat buffer, a multiple of 256."""
@@ -259,7 +261,7 @@ def _register(memory: Tensor) -> str:
     """Pin `memory`; the driver's refusal in words, or nothing."""
     runtime = cuda.cudart()
     try:
-        code = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+        code = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), PORTABLE)
         return str(runtime.cudaGetErrorString(code)) if int(code) else ""
     except RuntimeError as error:
         return str(error).partition("\n")[0]

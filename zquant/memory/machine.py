@@ -191,7 +191,7 @@ def _gpu_flops(device: torch.device) -> float:
     properties = torch.cuda.get_device_properties(device)
     capability = runtime.capability(device)
     per_sm = FLOPS_PER_SM.get(capability, FLOPS_GEFORCE)
-    if "GTX 16" in properties.name:
+    if not runtime.has_tensor_cores(device):
         per_sm = FLOPS_WITHOUT_TENSOR_CORES
     clock = getattr(properties, "clock_rate", 0) * 1000 or CLOCK_HZ  # kHz
     return float(properties.multi_processor_count * clock * per_sm * EFFICIENCY)

@@ -105,6 +105,8 @@ def _int8(device: torch.device, compute: str, why: str) -> tuple[bool, str]:
     shown = "compute capability {}.{}".format(*capability)
     if capability not in INT8_PAYS:
         return False, f"{shown} multiplies int8 too little faster to pay for quantizing"
+    if not runtime.has_tensor_cores(device):
+        return False, f"'{torch.cuda.get_device_name(device)}' has no tensor cores for int8"
     if why:
         return False, f"int8 needs Triton to be fast: {why}"
     return True, f"{shown} multiplies int8 at four times the rate of floats"

@@ -14,7 +14,7 @@ Nothing here changes what is painted.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from zquant.errors import PlanError
 from zquant.memory.activations import Picture
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 MIB = 2**20
+SEGMENT = 2 * MIB  # torch's allocator takes memory for a large tensor in whole ones
 N_SLOTS = 2
 N_RING = 2
 MARGIN_SHARE = 0.03  # of what a phase allocates: rounding and fragments of the allocator
@@ -196,6 +197,8 @@ class _Planner:
 
     def network(self, name: str, needs: NetworkNeeds, *, keep: bool) -> tuple[NetworkPlan, Phase]:
         """Place the blocks of one network; `keep` streamed blocks in pinned RAM where it allows."""
+        if self.machine.is_gpu:
+            needs = replace(needs, blocks=tuple(-(-b // SEGMENT) * SEGMENT for b in needs.blocks))
         slot = max(needs.blocks)
         base = self.outside + needs.fixed + needs.working
         room = self.budget - base - margin(needs.working)

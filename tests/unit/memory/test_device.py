@@ -16,13 +16,16 @@ Gpus = Callable[..., None]
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
     """Makes torch see GPUs of these compute capabilities."""
 
+    current: list[torch.device] = []
+
     def make(*capabilities: tuple[int, int]) -> None:
         for name, value in {
             "is_available": lambda: bool(capabilities),
             "device_count": lambda: len(capabilities),
             "get_device_capability": lambda d: capabilities[d.index],
             "get_device_name": lambda d: f"GPU {d.index}",
-            "reset_peak_memory_stats": lambda _: None,
+            "set_device": current.append,
+            "reset_peak_memory_stats": lambda device: current.remove(device),
             "max_memory_reserved": lambda _: 5,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)

@@ -156,7 +156,8 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5 * GIB, 12 * GIB))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: GIB)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: self)
-        monkeypatch.setattr(machine.runtime, "capability", lambda _: self.capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: self.name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: self.capability)
         monkeypatch.setattr(machine, "_link_bytes_s", lambda _: 12e9)
 
 

@@ -17,8 +17,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def gpu(monkeypatch: pytest.MonkeyPatch):
     """Makes kernels possible on a GPU of a capability, or impossible for a reason."""
 
-    def make(capability: tuple[int, int], why: str = "") -> None:
+    def make(capability: tuple[int, int], why: str = "", name: str = "NVIDIA GPU") -> None:
         monkeypatch.setattr(subject.runtime, "capability", lambda _: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
         monkeypatch.setattr(subject.runtime, "why_not", lambda _: why)
 
     return make
@@ -47,6 +48,13 @@ def test_auto_multiplies_int8_where_it_pays(gpu, capability, mode):
     paths = choose(GPU, torch.bfloat16)
     assert paths.compute.mode == mode
     assert "compute capability {}.{}".format(*capability) in paths.reason
+
+
+def test_auto_is_exact_on_turing_without_tensor_cores(gpu):
+    gpu((7, 5), name="NVIDIA GeForce GTX 1650")
+    paths = choose(GPU, torch.float16)
+    assert paths.compute.mode == "exact"
+    assert paths.reason == "'NVIDIA GeForce GTX 1650' has no tensor cores for int8"
 
 
 def test_auto_is_exact_where_triton_cannot_run_and_says_why(gpu):

@@ -260,7 +260,7 @@ class Cuda:
         self.devices.add((threading.current_thread().name, str(device)))
 
     def register(self, address: int, n_bytes: int, flags: int) -> int:
-        assert (address % mmap.PAGESIZE, flags) == (0, 0)
+        assert (address % mmap.PAGESIZE, flags) == (0, 1)  # cudaHostRegisterPortable
         assert n_bytes > 0
         code = self.codes.pop(0) if self.codes else 0
         self.n_errors += code != 0
