@@ -61,7 +61,7 @@ class Job:
         noise: `.npy`, float32 `[1, C, H, W]`.
         embeds: `.npy`, float32 `[T, width]`; "": the engine encodes the prompt.
         latents: `.npy` to write, final.
-        picture: PNG to write.
+        picture: PNG to write; "": the latents are not decoded, for engines of diffusers alone.
         keep_embeds: `.npy` to write; "": not wanted.
     """
 
@@ -190,8 +190,9 @@ def _run_pipeline(job: Job, dtype: torch.dtype, pipeline: Any) -> dict[str, Any]
         given = {"prompt": None, "prompt_embeds": [embeds]}
     pipeline.transformer.register_forward_pre_hook(begin)
     called = _now(job.device)
-    (image,) = pipeline(
+    (painted,) = pipeline(
         **given,
+        output_type="pil" if job.picture else "latent",
         height=job.size,
         width=job.size,
         num_inference_steps=job.steps,
@@ -201,11 +202,12 @@ def _run_pipeline(job: Job, dtype: torch.dtype, pipeline: Any) -> dict[str, Any]
     ).images
     done = _now(job.device)
     save_latents(Path(job.latents), final[0])
-    image.save(job.picture)
+    if job.picture:
+        painted.save(job.picture)
     return {
         "steps_s": [b - a for a, b in zip(starts, ends, strict=True)],
         "text_encoder_s": 0.0 if job.embeds else starts[0] - called,
-        "vae_s": done - ends[-1],
+        "vae_s": done - ends[-1] if job.picture else None,
         "sigmas": pipeline.scheduler.sigmas.tolist(),
     }
 
@@ -328,7 +330,7 @@ def measured(job: Job, *, sdcpp: Path | None, gpu: Gpu | None, limit_s: float) -
         written = Path(job.latents).with_suffix(".json")
         written.write_text(json.dumps(asdict(job)), "utf-8")
         command = [sys.executable, __file__, str(written)]
-    for old in (job.latents, job.picture):
+    for old in filter(None, (job.latents, job.picture)):
         Path(old).unlink(missing_ok=True)
     row: dict[str, Any] = {}
     try:

@@ -69,6 +69,7 @@ ENGINES = {  # name -> whether it runs every converted model, or the checkpoint 
     "nunchaku": False,
 }
 ON_GPU_ONLY = ("diffusers-offload", "diffusers-group", "nunchaku")
+PIPELINES = ("diffusers", "diffusers-offload", "diffusers-group", "diffusers-gguf", "nunchaku")
 PACKAGES = {"diffusers": ("diffusers",), "nunchaku": ("diffusers", "nunchaku")}
 HEADER = ["engine", "size", "step", "range", "floors", "total", "RAM", "own", "VRAM"]
 HEADER += ["latents", "PSNR"]
@@ -247,7 +248,9 @@ def job_of(bench: Bench, reference: Job, engine: str, model: Path) -> Job:
         embeds="" if args.encode else reference.keep_embeds,
         keep_embeds="",
         latents=str(bench.work / f"{name}.npy"),
-        picture=str(bench.work / f"{name}.png"),
+        picture=""
+        if args.latents_only and engine in PIPELINES
+        else str(bench.work / f"{name}.png"),
     )
 
 
@@ -264,8 +267,10 @@ def carry_out(bench: Bench, job: Job) -> dict[str, Any]:
 
 def compare(job: Job, reference: Job) -> dict[str, float]:
     """Distances from the reference: of latents where there are some, and of pictures."""
-    with Image.open(job.picture) as ours, Image.open(reference.picture) as exact:
-        found = {"psnr_db": psnr_db(ours.convert("RGB"), exact.convert("RGB"))}
+    found = {}
+    if job.picture:
+        with Image.open(job.picture) as ours, Image.open(reference.picture) as exact:
+            found["psnr_db"] = psnr_db(ours.convert("RGB"), exact.convert("RGB"))
     if job.engine != "sdcpp":
         pair = (load_latents(Path(file)) for file in (job.latents, reference.latents))
         found["latents_error"] = relative_l2(*pair)
@@ -367,6 +372,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compute-dtype", default="auto", help="zquant's")
     parser.add_argument("--compute", default="auto", help="zquant's: auto, exact or int8")
     parser.add_argument("--sdcpp", type=Path, metavar="PATH", help="stable-diffusion.cpp's sd-cli")
+    parser.add_argument(
+        "--latents-only", action="store_true", help="diffusers does not decode its latents"
+    )
     parser.add_argument("--nunchaku", type=Path, metavar="FILE", help="its DiT of this checkpoint")
     parser.add_argument("--limit-s", type=float, default=7200, help="of one process, in seconds")
     parser.add_argument("--work", type=Path, help="folder that keeps latents and pictures")

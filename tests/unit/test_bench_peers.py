@@ -278,7 +278,8 @@ class Pipeline:
             time.sleep(0.05)
             latents = latents + added
             callback_on_step_end(self, step, None, {"latents": latents})
-        return SimpleNamespace(images=[Image.new("RGB", (64, 64))])
+        picture = latents if asked["output_type"] == "latent" else Image.new("RGB", (64, 64))
+        return SimpleNamespace(images=[picture])
 
 
 @pytest.fixture
@@ -309,6 +310,15 @@ def test_diffusers_is_asked_for_the_same_and_timed(job: Any, diffusers: type[Pip
     assert "text_encoder" not in diffusers.made.given
 
 
+def test_latents_need_not_become_a_picture(job: Any, diffusers: type[Pipeline]) -> None:
+    Path(job.picture).unlink(missing_ok=True)
+    document = workers.paint(replace(job, engine="diffusers", picture=""))
+    assert document["vae_s"] is None
+    assert np.array_equal(np.load(job.latents), 4 * np.load(job.noise))
+    assert not Path(job.picture).exists()
+    assert diffusers.made.asked["output_type"] == "latent"
+
+
 @pytest.fixture
 def play(
     here: object, monkeypatch: Any, toy_folder: Path, capsys: pytest.CaptureFixture[str]
@@ -324,7 +334,9 @@ def play(
         latents = np.ones((1, 16, 8, 8), np.float32) * (1 + told.pop("shift"))
         np.save(job.latents, latents)
         np.save(Path(job.noise).with_name("embeds.npy"), latents)
-        Image.new("RGB", (64, 64), (100 if name == "reference" else 110,) * 3).save(job.picture)
+        if job.picture:
+            shade = 100 if name == "reference" else 110
+            Image.new("RGB", (64, 64), (shade,) * 3).save(job.picture)
         figures = {f"step{n}_s": 2.0 for n in ("", "_min", "_max")}
         memory = {"peak_rss_bytes": GIB, "peak_private_bytes": GIB, "peak_vram_bytes": None}
         return {"total_s": 9.0, **figures, **memory, "versions": {name: "1"}, **told}
@@ -383,6 +395,10 @@ def test_engines_are_given_the_same(play: Any) -> None:
     dtypes = [seen[name].dtype for name in ("reference", "zquant", "diffusers")]
     assert dtypes == ["float32", "float16", "bfloat16"]
     assert seen["diffusers-gguf"].model == str(MODEL / "dit-Q8_0.gguf")
+    report = play("--latents-only")[1]
+    pictures = {row["engine"] for row in report["rows"] if "psnr_db" in row}
+    assert pictures == {"zquant"}
+    assert report["jobs"]["diffusers"].picture == ""
     seen = play("--encode")[1]["jobs"]
     assert {job.embeds for job in seen.values()} == {""}
 
