@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import command_line, describe_machine, sdcpp_version
+from machine import command_line, describe_machine
+from sdcpp import sdcpp_version
 from watch import Watch
 
 import zquant.memory.device

@@ -36,7 +36,7 @@ __all__ = ["BOUND_BY_MEMORY", "COPY", "GROUPS", "UNITS", "Case", "Shapes", "plai
 
 EPS = 1e-5
 EXACT, ROUNDED, SUMMED = 0.0, 1e-3, 1e-2  # largest |y - reference| / |reference|
-COPY, CUBLAS, EAGER = "copy", "bf16 cuBLAS", "eager bf16"
+COPY, CUBLAS, REFERENCES = "copy", "bf16 cuBLAS", "torch references, bf16"
 UNITS = {"GiB/s": 2**30, "TOP/s": 1e12, "Gweights/s": 1e9}
 
 
@@ -231,8 +231,8 @@ def block_cases(s: Shapes) -> Iterator[Case]:
                 x = s.random(1, m, k, dtype=torch.float32)
                 angles = s.random(m, s.config.head_dim // 2, dtype=torch.float32)
                 rest = (x, (angles.cos(), angles.sin()), s.vectors(k, k, k, k))
-                case = partial(Case, limit=SUMMED, goal=(EAGER, 1.5) if compute.int8 else None)
-                rivals = {EAGER: partial(plainly, partial(on_copy, dense, *rest, exact))}
+                case = partial(Case, limit=SUMMED, goal=(REFERENCES, 1.5) if compute.int8 else None)
+                rivals = {REFERENCES: partial(plainly, partial(on_copy, dense, *rest, exact))}
                 amount = 2 * m * (4 * k * k + 3 * k * wide) + 4 * m * m * k
                 work, label = partial(on_copy, block, *rest, compute), f"{qtype} {compute.mode} {m}"
                 yield case("block", label, work, amount, "TOP/s", rivals=rivals)

@@ -181,11 +181,7 @@ def line(row: dict[str, Any]) -> str:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What this runs on."""
-    found = zquant.memory.doctor.describe_machine()
-    try:
-        found |= describe_machine()
-    except FileNotFoundError:  # no git here, so no commit
-        found["commit"] = ""
+    found = zquant.memory.doctor.describe_machine() | describe_machine()
     if device.type == "cuda":
         found["l2_bytes"] = torch.cuda.get_device_properties(device).L2_cache_size
     return found

@@ -3,7 +3,6 @@
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,14 +12,11 @@ import torch
 
 import zquant
 
-__all__ = ["command_line", "describe_machine", "sdcpp_version", "told"]
+__all__ = ["command_line", "describe_machine", "told"]
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, versions and commit."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """Processor, cores, versions and commit; "" where there is no git."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -29,7 +25,7 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "zquant": zquant.__version__,
-        "commit": commit,
+        "commit": _commit(),
     }
 
 
@@ -45,15 +41,12 @@ def told(value: Any) -> Any:
     return value.name if isinstance(value, Path) else value
 
 
-def sdcpp_version(program: Path | None) -> str | None:
-    """The first line of stable-diffusion.cpp about itself; None where it says none."""
-    if program is None or shutil.which(program) is None:
-        return None
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
     try:
-        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return said.stdout.strip().partition("\n")[0] or None
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _cpu_name() -> str:

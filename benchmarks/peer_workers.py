@@ -6,13 +6,11 @@ The job names the engine, its files and the settings. Latents go to `.npy` files
 PNG, and the last line printed is one JSON document. diffusers' steps are timed from the entry of
 the transformer to the new latents, zquant's by its own clock from the end of one to the next.
 
-stable-diffusion.cpp is a program of its own: here are its arguments and what its output says, as of
-its commit 487de75. nunchaku follows its documentation and is untested.
+nunchaku follows its documentation and is untested.
 """
 
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -31,12 +29,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from sdcpp import sdcpp_command, sdcpp_document
 from torch import Tensor
 from watch import Gpu, Watch
 
 from zquant import Engine, RunRequest
 from zquant.formats.latents import load_latents, save_latents
-from zquant.models.checkpoint import model_files
 from zquant.sampling import sigmas
 
 __all__ = ["Job", "measured"]
@@ -216,70 +214,6 @@ def _now(device: str) -> float:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def sdcpp_command(binary: str, job: Job) -> list[str]:
-    """The program and its arguments; its scale of guidance is 1 where ours is 0.
-
-    `--rng cpu` is torch's generator, so that the noise should be that of the seed.
-    """
-    files = model_files(job.model, {}, None)
-    flags = {
-        "--diffusion-model": files.dit,
-        "--llm": files.text_encoder,
-        "--vae": files.vae,
-        "--prompt": job.prompt,
-        "--width": job.size,
-        "--height": job.size,
-        "--steps": job.steps,
-        "--sigmas": ",".join(f"{sigma:.8g}" for sigma in job.sigmas),
-        "--sampling-method": "euler",
-        "--cfg-scale": 1.0,
-        "--rng": "cpu",
-        "--seed": job.seed,
-        "--threads": torch.get_num_threads(),
-        "--output": job.picture,
-    }
-    words = [str(word) for flag in flags.items() for word in flag]
-    return [binary, *words, "--diffusion-fa", "--verbose"]
-
-
-def sdcpp_document(heard: Sequence[tuple[float, str]], job: Job) -> dict[str, Any]:
-    """What its output says, as a worker would: `heard` is when each piece came, and the piece.
-
-    A step ends when its progress is printed: the rate beside it is of the step in some versions
-    and the mean of all steps in others. The first step is what the others leave of all sampling.
-
-    Raises:
-        ValueError: the steps are not in the output.
-    """
-    mark = re.compile(rf"\b(\d+)/{job.steps} - [\d.]+(?:s/it|it/s)")
-    ends: dict[int, float] = {}
-    for at, piece in heard:
-        for found in mark.finditer(piece):
-            ends.setdefault(int(found[1]), at)
-    text = "".join(piece for _, piece in heard)
-    total = _taking("sampling completed", text)
-    if list(ends) != list(range(1, job.steps + 1)) or total is None:
-        raise ValueError(
-            f"the output shows steps {list(ends)} and a sampling time of {total}; expected "
-            f"1 to {job.steps} and 'sampling completed, taking'"
-        )
-    later = [ends[i + 1] - ends[i] for i in range(1, job.steps)]
-    return {
-        "steps_s": [max(0.0, total - sum(later)), *later],
-        "text_encoder_s": _taking("get_learned_condition completed", text),
-        "vae_s": _taking("decode_first_stage completed", text),
-        "sigmas": job.sigmas,
-    }
-
-
-def _taking(what: str, text: str) -> float | None:
-    """Seconds of a phase; the log gives them as "1.50s" or as "1500 ms"."""
-    found = re.search(rf"{what}, taking ([\d.]+) ?(ms|s)", text)
-    if found is None:
-        return None
-    return float(found[1]) / (1000 if found[2] == "ms" else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,9 +41,10 @@ from typing import Any
 
 import torch
 from demo_quality import psnr_db, relative_l2
-from machine import command_line, describe_machine, sdcpp_version, told
+from machine import command_line, describe_machine, told
 from peer_workers import Job, measured
 from PIL import Image
+from sdcpp import sdcpp_version
 from watch import Gpu
 
 from zquant.errors import ZQuantError

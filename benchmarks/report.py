@@ -1,12 +1,13 @@
-"""Tables and plots from the files in `benchmarks/results`; the tables of the README are made here.
+"""Tables and plots from the files in `benchmarks/results`; those of the READMEs are made here.
 
     python benchmarks/report.py            print every table
-    python benchmarks/report.py --write    put them into README.md, between their marks
-    python benchmarks/report.py --check    exit code 1 if README.md has another text
+    python benchmarks/report.py --write    put them into the READMEs, between their marks
+    python benchmarks/report.py --check    exit code 1 if a README has another text
     python benchmarks/report.py --plots DIR    PNGs (needs matplotlib: pip install zquant[report])
 
-A table stands between `<!-- table NAME -->` and `<!-- end of table -->`. No number is written by
-hand. Measured and projected figures are never in one table or plot.
+A table stands between `<!-- table NAME -->` and `<!-- end of table -->`, in README.md or in
+benchmarks/README.md. No number is written by hand. Measured and projected figures are never in one
+table or plot.
 """
 
 import argparse
@@ -14,20 +15,28 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from report_plots import peer_rows, plot_all
+from report_plots import multiplies, peer_rows, plot_all
+
+from zquant.units import format_seconds
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-README = ROOT / "README.md"
+READMES = (ROOT / "README.md", Path(__file__).parent / "README.md")
 MARKS = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 GIB = 2**30
-END_TO_END = (  # the newer file wins where two have the same figure
-    *("cpu-full-256", "cpu-full-512", "cpu-full-512-q4_k_m"),
-    *("cpu-full-convert-q8_0", "cpu-full-convert-q4_k_m"),
-)
+SCHEMAS = {  # that the tables are written for
+    *("zquant-demo-quality-1", "zquant-end-to-end-1", "zquant-end-to-end-2", "zquant-fidelity-1"),
+    *("zquant-importance-1", "zquant-peers-1", "zquant-projection-1", "zquant-quality-1"),
+    *("zquant-streaming-1", "zquant-target-size-1"),
+}
+CONVERTED = ("cpu-full-q8_0", "cpu-full-q6_k", "cpu-full-q4_k_m")
+RUNS = ("cpu-full-256", "cpu-full-512", "cpu-full-512-q4_k_m")
+CEILINGS = ("cpu-ram-512-q4_k_m", "cpu-ram-512-q8_0")
+CONVERTERS = {"zquant": "zquant, everything", "sdcpp": "stable-diffusion.cpp, the DiT"}
 STREAMS = {
     "gaussian": "Gaussian",
     "heavy": "heavy tails (Student's t, 4)",
@@ -43,8 +52,14 @@ HIDDEN = 0.005  # less than this share of a step is none
 
 
 def load(name: str) -> dict[str, Any]:
-    """A result file."""
+    """A result file.
+
+    Raises:
+        ValueError: it is of a schema that no table is written for.
+    """
     document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    if document["schema"] not in SCHEMAS:
+        raise ValueError(f"{name}.json has the schema {document['schema']!r}; known: {SCHEMAS}")
     return document
 
 
@@ -55,53 +70,100 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def measured() -> str:
-    """Size, conversion and steps of the whole model on a CPU, one column per policy."""
-    converted: dict[str, dict[str, Any]] = {}
-    runs: dict[tuple[str, int], dict[str, Any]] = {}
-    for name in END_TO_END:
-        document = load(name)
-        converted |= {row["qtype"]: row for row in document["convert"]}
-        runs |= {(row["qtype"], row["size"]): row for row in document["run"]}
-    qtypes = list(converted)
+    """Size, conversion and a picture of the whole model on a CPU, one column per policy."""
+    converted: dict[str, Any] = {}
+    runs: dict[tuple[str, int], Any] = {}
+    for name in CONVERTED:
+        converted |= {row["qtype"]: row for row in load(name)["convert"]}
+    for name in RUNS:
+        runs |= {(row["qtype"], row["size"]): row for row in load(name)["run"]}
 
     def size(qtype: str) -> str:
         files = converted[qtype]["files"]
-        return (
-            " + ".join(f"{files[f]['bytes'] / GIB:.1f}" for f in ("dit", "text_encoder")) + " GiB"
-        )
+        each = (f"{files[f]['bytes'] / GIB:.1f}" for f in ("dit", "text_encoder"))
+        return " + ".join(each) + " GiB"
 
-    def conversion(qtype: str) -> str:
-        row = converted[qtype]
-        return f"{row['wall_s']:.0f} s, peak RAM {row['peak_rss_bytes'] / GIB:.1f} GiB"
+    def run(qtype: str, edge: int) -> str:
+        if (row := runs.get((qtype, edge))) is None:
+            return "-"
+        return f"{format_seconds(row['wall_s'])}, {row['step_s']:.0f} s a step, {_ram(row)}"
 
-    def step(qtype: str, edge: int) -> str:
-        row = runs[qtype, edge]
-        return f"{row['step_s']:.0f} s, peak RAM {row['peak_rss_bytes'] / GIB:.1f} GiB"
-
+    edges = sorted({edge for _, edge in runs})
     rows = [
-        ["DiT + text encoder", *map(size, qtypes)],
-        ["convert the 20.5 GB BF16 checkpoint", *map(conversion, qtypes)],
-        *([f"{e}x{e}, one step", *(step(q, e) for q in qtypes)] for e in (256, 512)),
+        ["DiT + text encoder", *map(size, converted)],
+        [
+            "convert the 20.5 GB BF16 checkpoint",
+            *(f"{row['wall_s']:.0f} s, {_ram(row)}" for row in converted.values()),
+        ],
+        *([f"{e}x{e}, 8 steps", *(run(q, e) for q in converted)] for e in edges),
     ]
+    return markdown(["", *converted], rows)
+
+
+def _ram(row: Mapping[str, Any]) -> str:
+    return f"peak RAM {row['peak_rss_bytes'] / GIB:.1f} GiB"
+
+
+def converters() -> str:
+    """The same checkpoint by zquant and by its peers."""
+    found: dict[tuple[str, str], Any] = {}
+    for name in CONVERTED:
+        document = load(name)
+        for row in (*document["convert"], *document["peers_convert"]):
+            found[row["engine"], row["qtype"]] = row
+
+    def cell(row: Mapping[str, Any]) -> str:
+        if "skipped" in row:
+            return str(row["skipped"])
+        return f"{row['wall_s']:.0f} s, {row['mb_s']:.0f} MB/s, {_ram(row)}"
+
+    qtypes = list(dict.fromkeys(qtype for _, qtype in found))
+    rows = [[CONVERTERS[e], *(cell(found[e, q]) for q in qtypes)] for e in CONVERTERS]
     return markdown(["", *qtypes], rows)
 
 
-def peers() -> str:
+def peers(*sizes: int) -> str:
     """The same picture by several engines on one machine; who was absent is not listed."""
-    rows = [(row["size"], row["step_s"], row) for row in peer_rows(load)]
+    rows = [row for row in peer_rows(load) if row["size"] in sizes or not sizes]
     return markdown(
-        ["", "computes in", "one step", "peak RAM", "error of the latents"],
+        ["", "multiplies", "one step", "runs", "peak RAM", "own", "error of the latents", "PSNR"],
         [
             [
-                f"{size}x{size}, {row['label']}",
-                row["dtype"],
-                f"{step_s:.0f} s",
+                f"{row['size']}x{row['size']}, {row['label']}",
+                multiplies(row),
+                f"{row['step_s']:.0f} s",
+                str(row["n_runs"]),
                 f"{row['peak_rss_bytes'] / GIB:.1f} GiB",
-                f"{100 * row['latents_error']:.2f} %",
+                f"{row['peak_private_bytes'] / GIB:.1f} GiB"
+                if "peak_private_bytes" in row
+                else "-",
+                f"{100 * row['latents_error']:.2f} %" if "latents_error" in row else "-",
+                f"{row['psnr_db']:.1f} dB" if "psnr_db" in row else "-",
             ]
-            for size, step_s, row in sorted(rows, key=lambda each: each[:2])
+            for row in sorted(rows, key=lambda each: (each["size"], each["step_s"]))
         ],
     )
+
+
+def ram() -> str:
+    """What a ceiling on RAM costs on a CPU."""
+    rows = []
+    for model in (model for name in CEILINGS for model in load(name)["models"]):
+        free, *limited = model["rows"]
+        for row in (free, *limited):
+            limit = row["budget_bytes"]
+            same = row["latents_sha256"] == free["latents_sha256"]
+            rows.append(
+                [
+                    f"{model['model']}, {f'{limit / GIB:.0f} GiB' if limit else 'no ceiling'}",
+                    f"{row['planned_ram_bytes'] / GIB:.1f} GiB",
+                    f"{row['peak_ram_bytes'] / GIB:.1f} GiB",
+                    f"{row['streamed_blocks']} of {model['ceilings']['n_blocks']}",
+                    f"{row['step_s']:.0f} s",
+                    "same" if same else "other",
+                ]
+            )
+    return markdown(["", "planned", "peak RAM", "blocks streamed", "one step", "latents"], rows)
 
 
 def int8_blocks() -> str:
@@ -202,7 +264,10 @@ def target_size() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "measured": measured,
+    "converters": converters,
     "peers": peers,
+    "peers-256": partial(peers, 256),
+    "ram": ram,
     "int8-blocks": int8_blocks,
     "int8-demo": int8_demo,
     "projected": projected,
@@ -219,17 +284,19 @@ def with_tables(text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print, write, check or plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into README.md")
-    parser.add_argument("--check", action="store_true", help="that README.md is up to date")
+    parser.add_argument("--write", action="store_true", help="into the READMEs")
+    parser.add_argument("--check", action="store_true", help="that the READMEs are up to date")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="folder for PNGs")
     args = parser.parse_args(argv)
-    text = README.read_text(encoding="utf-8")
     if args.write:
-        README.write_text(with_tables(text), encoding="utf-8")
+        for readme in READMES:
+            readme.write_text(with_tables(readme.read_text("utf-8")), "utf-8")
     elif args.check:
-        if with_tables(text) != text:
-            print("README.md is not what the results say: python benchmarks/report.py --write")
-            return 1
+        texts = {readme: readme.read_text("utf-8") for readme in READMES}
+        stale = [readme for readme, text in texts.items() if with_tables(text) != text]
+        for readme in stale:
+            print(f"{readme} is not what the results say: python benchmarks/report.py --write")
+        return int(bool(stale))
     elif args.plots:
         for path in plot_all(args.plots, load):
             print(path)

@@ -1,6 +1,6 @@
 """Proof of the memory plan: the same picture within every budget, and at what price.
 
-    python benchmarks/streaming.py MODEL... --budgets none 2GiB 4GiB [--width 1024] [--ballast]
+    python benchmarks/streaming.py MODEL... --budgets none 2GiB 4GiB [--compute int8] [--ballast]
 
 Every model paints the same picture once within each budget, in a process of its own: VRAM on a GPU
 (`zquant run --budget`), RAM on a CPU (`--max-ram`); "none" has no ceiling. The process is watched
@@ -19,14 +19,14 @@ rate that large kernels reach, and no less than its copies, at the measured rate
 
     overlap = 1 - (step - max(copy, compute)) / min(copy, compute),  compute = step within "none"
 
-The last line is one JSON document.
+The last line is one JSON document; `--out` has it after every row.
 """
 
 import argparse
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from streaming_runs import Subject, measured, subject_of
 from watch import Gpu
 
 import zquant.memory.doctor
+from zquant.memory.paths import AUTO, COMPUTES
 from zquant.units import format_bytes, format_seconds, parse_bytes
 
 SCHEMA = "zquant-streaming-1"
@@ -152,13 +153,14 @@ def line(row: Mapping[str, Any], *, gpu: bool) -> str:
     return "; ".join([text, *(f"FAILED: {failure}" for failure in row["failures"])])
 
 
-def measure(path: str, args: argparse.Namespace, gpu: Gpu | None) -> dict[str, Any]:
-    """The rows of one model, told as they come."""
+def measure(path: str, args: argparse.Namespace, gpu: Gpu | None) -> Iterator[dict[str, Any]]:
+    """One model and its rows so far, after every row; each is told."""
     subject, is_gpu = subject_of(path, args, gpu), gpu is not None
     say(ceiling_line(subject))
     before = measured(subject, args, gpu, None, steps=1)
     say(f"  to warm up, one step: {' '.join(before['failures']) or encoder_text(before)}")
     rows: list[dict[str, Any]] = []
+    found = {"model": path, "ceilings": subject.document(), "before": before, "rows": rows}
     for budget in args.budgets:
         row = measured(subject, args, gpu, budget, steps=args.steps)
         rows.append(row)
@@ -168,7 +170,7 @@ def measure(path: str, args: argparse.Namespace, gpu: Gpu | None) -> dict[str, A
             first = next(each for each in rows if "latents_sha256" in each)
             judge(row, first, gpu=is_gpu, max_ram=args.max_ram)
         say(line(row, gpu=is_gpu))
-    return {"model": path, "ceilings": subject.document(), "before": before, "rows": rows}
+        yield found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ["benchmarks/streaming.py", *(sys.argv[1:] if argv is None else argv)]
         ),
         "device": args.device,
+        "compute": args.compute,
         "warm": WARM,
         "budgets_are": "of VRAM" if gpu else "of RAM",
         "ballast": args.ballast,
@@ -189,28 +192,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         "width": args.width,
         "height": args.height,
         "steps": args.steps,
+        "models": [],
     }
     say(json.dumps(report["machine"], indent=1), f"warm: {WARM}")
-    report["models"] = [measure(path, args, gpu) for path in args.models]
-    report["failures"] = [
-        f"{found['model']} within {shown(row['budget_bytes'])}: {failure}"
-        for found in report["models"]
-        for row in found["rows"]
-        for failure in row["failures"]
-    ]
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    done: list[dict[str, Any]] = []
+    for path in args.models:
+        for found in measure(path, args, gpu):
+            report["models"] = [*done, found]
+            report["failures"] = failures_of(report["models"])
+            if args.out:
+                write(args.out, report)
+        done = report["models"]
     print(json.dumps(report), flush=True)
     return int(bool(report["failures"]))
 
 
+def failures_of(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of all rows, with the model and the budget."""
+    return [
+        f"{found['model']} within {shown(row['budget_bytes'])}: {failure}"
+        for found in models
+        for row in found["rows"]
+        for failure in row["failures"]
+    ]
+
+
+def write(path: Path, report: Mapping[str, Any]) -> None:
+    """The whole file or none of it: whoever stops this process reads what is there."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    part.replace(path)
+
+
 def machine() -> dict[str, Any]:
     """What this runs on."""
-    found = zquant.memory.doctor.describe_machine()
-    try:
-        return found | describe_machine()
-    except FileNotFoundError:  # no git here, so no commit
-        return found | {"commit": ""}
+    return zquant.memory.doctor.describe_machine() | describe_machine()
 
 
 def say(*lines: str) -> None:
@@ -227,6 +243,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compute-dtype", default="auto", help="found once, then the same for all")
+    parser.add_argument("--compute", choices=COMPUTES, default=AUTO, help="likewise")
     parser.add_argument("--max-ram", metavar="SIZE", help="beside a GPU: of every run")
     parser.add_argument("--ballast", action="store_true", help="leave no more VRAM than the budget")
     parser.add_argument("--out", type=Path, help="write the document here as well")

@@ -43,6 +43,7 @@ class Subject:
     Attributes:
         path: as given.
         dtype: of exact products; the same for all runs, as "auto" measures anew each time.
+        compute: "exact" or "int8"; likewise.
         blocks: bytes of every block of the DiT.
         passes: over the blocks, per step.
         encoder_bpw: bits per weight of the text encoder's layers.
@@ -54,6 +55,7 @@ class Subject:
 
     path: str
     dtype: str
+    compute: str
     blocks: tuple[int, ...]
     passes: int
     encoder_bpw: float
@@ -82,13 +84,18 @@ class Subject:
             "link_bytes_s": self.link_bytes_s,
             "copy_all_s": self.copy_s(n),
             "compute_dtype": self.dtype,
+            "compute": self.compute,
             "text_encoder_bpw": round(self.encoder_bpw, 2),
         }
 
 
 def subject_of(path: str, args: argparse.Namespace, gpu: Gpu | None) -> Subject:
     """A model and its ceilings."""
-    with closing(Engine.open(path, device=args.device, compute_dtype=args.compute_dtype)) as engine:
+    with closing(
+        Engine.open(
+            path, device=args.device, compute_dtype=args.compute_dtype, compute=args.compute
+        )
+    ) as engine:
         request = RunRequest(
             prompt=PROMPT, width=args.width, height=args.height, steps=args.steps, seed=1
         )
@@ -97,6 +104,7 @@ def subject_of(path: str, args: argparse.Namespace, gpu: Gpu | None) -> Subject:
         return Subject(
             path=path,
             dtype=str(engine.device.compute_dtype).removeprefix("torch."),
+            compute=engine.device.compute.mode,
             blocks=sizes.dit.blocks,
             passes=plan.picture.n_prompts,
             encoder_bpw=8 * sum(encoder.blocks) / sum(encoder.n_weights),
@@ -206,6 +214,7 @@ def measured(
             "--seed": 1,
             "--device": args.device,
             "--compute-dtype": subject.dtype,
+            "--compute": subject.compute,
             "--budget": budget if gpu else None,
             "--max-ram": args.max_ram if gpu else budget,
             "--save-latents": latents,

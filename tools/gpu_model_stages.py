@@ -3,6 +3,7 @@
     WORK/checkpoint   official layout, BF16, 20.5 GB of random weights
     WORK/Q8_0         converted on the GPU, 11 GB
     WORK/Q4_K_M       likewise, 6 GB
+    WORK/streaming    what that benchmark has measured so far, likewise WORK/peers and its pictures
 
 The work folder outlives the session: a stage does what is missing there, and goes on where it was
 stopped. A rehearsal has the tiny preset and a work folder of its own.
@@ -12,19 +13,23 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from gpu_run import Failed, Run, Skipped, say, tail
+from gpu_stages import version
 
 __all__ = [
     "ballast",
     "checkpoint",
     "convert_q4_k_m",
     "convert_q8_0",
-    "peers",
+    "peers_512",
+    "peers_1024",
     "streaming_q4_k_m",
+    "streaming_q4_k_m_int8",
     "streaming_q8_0",
 ]
 
@@ -32,16 +37,16 @@ QTYPES = ("Q8_0", "Q4_K_M")
 PRESETS = {False: "full", True: "tiny"}  # by whether it is a rehearsal
 DISK_BYTES = {False: 40_000_000_000, True: 500_000_000}  # the checkpoint and both models
 BUDGETS = ("none", "2GiB", "3GiB", "4GiB", "6GiB", "8GiB")
+INT8_BUDGETS = ("none", "4GiB")
 BALLAST_BUDGETS = ("2GiB", "4GiB")
 PICTURE = ("--width", "1024", "--height", "1024", "--steps", "8")
 REHEARSED = (
     *("--width", "64", "--height", "64", "--steps", "2", "--budgets", "none", "1GiB"),
     *("--compute-dtype", "float32"),
 )
-PEERS = ("--sizes", "1024", "512", "--steps", "8")
-PEERS_REHEARSED = (
-    *("--sizes", "64", "--steps", "2", "--dtype", "float32", "--compute-dtype", "float32"),
-)
+PEERS_REHEARSED = ("--steps", "2", "--dtype", "float32", "--compute-dtype", "float32")
+PEER_LIMIT_S = "150"  # of one process, so that one that hangs leaves time to the others
+PEER_PACKAGES = ("diffusers", "transformers", "accelerate", "gguf")
 WEIGHTS = (".gguf", ".safetensors")
 SHOWN_LINES = 40
 
@@ -85,6 +90,11 @@ def streaming_q4_k_m(run: Run) -> Any:
     return _streaming(run, "Q4_K_M")
 
 
+def streaming_q4_k_m_int8(run: Run) -> Any:
+    """Likewise with int8 products, which "auto" chooses on few GPUs only."""
+    return _streaming(run, "Q4_K_M", "--compute", "int8", budgets=INT8_BUDGETS)
+
+
 def ballast(run: Run) -> Any:
     """Both models with the rest of the VRAM taken, so that only the budget is there."""
     if run.rehearse:
@@ -93,10 +103,14 @@ def ballast(run: Run) -> Any:
     return _benchmark(run, "streaming", *words, "--budgets", *BALLAST_BUDGETS)
 
 
-def peers(run: Run) -> Any:
-    """The same picture by zquant and by every peer that is installed."""
-    words = (str(_checkpoint(run)), *(_model(run, qtype) for qtype in QTYPES))
-    return _benchmark(run, "peers", *words, *(PEERS_REHEARSED if run.rehearse else PEERS))
+def peers_1024(run: Run) -> Any:
+    """The same picture of 1024 pixels by zquant and by every peer that is installed."""
+    return _peers(run, 1024)
+
+
+def peers_512(run: Run) -> Any:
+    """Likewise of 512 pixels."""
+    return _peers(run, 512)
 
 
 def _make(run: Run, folder: Path, preset: str) -> float:
@@ -164,27 +178,58 @@ def _converted(
     return manifest, time.monotonic() - start, " ".join(tail(done.stderr, 1))
 
 
-def _streaming(run: Run, qtype: str) -> Any:
-    words = REHEARSED if run.rehearse else (*PICTURE, "--budgets", *BUDGETS)
-    return _benchmark(run, "streaming", _model(run, qtype), *words)
+def _streaming(run: Run, qtype: str, *flags: str, budgets: Sequence[str] = BUDGETS) -> Any:
+    words = REHEARSED if run.rehearse else (*PICTURE, "--budgets", *budgets)
+    return _benchmark(run, "streaming", _model(run, qtype), *words, *flags)
+
+
+def _peers(run: Run, size: int) -> Any:
+    """Everybody's pictures of one size; a reference that an earlier call painted is used again.
+
+    Raises:
+        Failed: also where nobody but zquant painted, so that a later call tries again.
+    """
+    words = [str(_checkpoint(run)), *(_model(run, qtype) for qtype in QTYPES)]
+    words += ["--work", str(run.work / "peers"), "--keep", "--limit-s", PEER_LIMIT_S]
+    words += ["--sizes", str(size // 16 if run.rehearse else size)]
+    words += PEERS_REHEARSED if run.rehearse else ("--steps", "8")
+    document = _benchmark(run, "peers", *words)
+    theirs = [row for row in document["rows"] if row["engine"] not in ("reference", "zquant")]
+    if not any(row["status"] == "ok" for row in theirs):
+        reason = "; ".join(["no peer painted", *dict.fromkeys(row["reason"] for row in theirs)])
+        if missing := [name for name in PEER_PACKAGES if version(name) is None]:
+            reason += f". PYTHONPATH must name the wheels of {', '.join(missing)}"
+        raise Failed(reason, document)
+    return document
 
 
 def _benchmark(run: Run, name: str, *words: str) -> Any:
-    """The document of a benchmark.
+    """The document of a benchmark, which it writes after every row.
 
     Raises:
-        Failed: it found something wrong, or ended without one.
+        Failed: it found something wrong, or ended before it was through; with the rows so far.
     """
     run.loud = not run.rehearse
-    words = (*words, "--device", run.device)
+    out = run.work / name / "document.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.unlink(missing_ok=True)  # of an earlier stage
+    words = (*words, "--device", run.device, "--out", str(out))
     done = run.python(f"benchmarks/{name}.py", *words, **_few_threads(run))
     try:
         document = done.document()
     except Failed as failed:
-        raise Failed(str(failed), tail(done.stderr, SHOWN_LINES)) from failed
-    if done.code:
+        raise Failed(str(failed), _so_far(out) or tail(done.stderr, SHOWN_LINES)) from failed
+    if done.trouble:
         raise Failed("; ".join(_failures(document)) or done.trouble, document)
     return document
+
+
+def _so_far(out: Path) -> Any:
+    """The document of a benchmark that did not end; None where it had no row."""
+    try:
+        return json.loads(out.read_text("utf-8"))
+    except (OSError, ValueError):  # also half of one
+        return None
 
 
 def _failures(document: dict[str, Any]) -> list[str]:

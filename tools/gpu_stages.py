@@ -16,11 +16,13 @@ from xml.etree import ElementTree
 
 from gpu_run import ROOT, Failed, Run, Skipped, tail
 
-__all__ = ["environment", "kernels", "sanitizer", "tests"]
+__all__ = ["environment", "kernels", "memcheck", "racecheck", "tests", "version"]
 
-MODULES = (  # what the stages import, by the names under which it is installed
-    *("torch", "triton", "numpy", "pytest", "gguf", "safetensors", "tokenizers", "transformers"),
-    *("huggingface_hub", "pillow", "tqdm"),
+# what zquant and the tests import whatever they do, by the names under which it is installed
+MODULES = ("torch", "triton", "numpy", "pillow", "pytest", "tokenizers", "tqdm")
+OPTIONAL = (  # without these there are fewer peers and tests, or something is slow or local only
+    *("accelerate", "diffusers", "gguf", "huggingface_hub", "numba", "requests", "safetensors"),
+    "transformers",
 )
 REHEARSED_TESTS = ("tests/unit/test_env.py",)
 REHEARSED_KERNELS = ("quantize_tokens", "fused_norm")
@@ -36,6 +38,7 @@ def environment(run: Run) -> dict[str, Any]:
     """What the machine is: modules, zquant doctor, nvidia-smi."""
     versions = {name: version(name) for name in MODULES}
     result: dict[str, Any] = {"python": platform.python_version(), "modules": versions}
+    result["optional"] = {name: version(name) for name in OPTIONAL}
     if tool := shutil.which("nvidia-smi"):
         result["nvidia-smi"] = run(tool).stdout.splitlines()
     words = ("--device", "cpu", "--compute-dtype", "float32") if run.rehearse else ()
@@ -112,33 +115,41 @@ def _test_file(run: Run, name: str, report: Path) -> dict[str, Any]:
     }
 
 
-def sanitizer(run: Run) -> dict[str, Any]:
-    """compute-sanitizer, memcheck and racecheck, over every kernel on small shapes."""
+def memcheck(run: Run) -> dict[str, Any]:
+    """compute-sanitizer's memcheck over every kernel on small shapes."""
+    return _sanitized(run, "memcheck")
+
+
+def racecheck(run: Run) -> dict[str, Any]:
+    """Likewise its racecheck, which is slower."""
+    return _sanitized(run, "racecheck")
+
+
+def _sanitized(run: Run, name: str) -> dict[str, Any]:
+    """What a tool of compute-sanitizer found."""
     script = ("benchmarks/kernels.py", "--check")
     if run.rehearse:
         few = ("--device", "cpu", "--only", *REHEARSED_KERNELS)
         done = run.python(*script, *few, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-        if done.code:
+        if done.trouble:
             raise Failed(f"the program to check: {done.trouble}")
         raise Skipped("a rehearsal: the program ran, interpreted and without the tool")
     tool = _sanitizer()
     if tool is None:
         raise Skipped(f"no {SANITIZER} on PATH, in CUDA_HOME/bin or in the usual CUDA folder")
     only_ours = _without_cxx(run(tool, "--help").stdout)
-    result: dict[str, Any] = {}
-    for name in ("memcheck", "racecheck"):
-        options = ["--tool", name, "--error-exitcode", str(SANITIZER_FAILED), *only_ours]
-        # torch hands out parts of large allocations; one allocation per tensor has an end to pass
-        cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = run(tool, *options, sys.executable, *script, **cache)
-        said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
-        if any(refusal in line for line in said for refusal in REFUSALS):
-            raise Skipped(f"{SANITIZER} refuses this device: {said[-1]}")
-        result[name] = {"code": done.code, "summary": tail("\n".join(said), 1), "lines": said[:200]}
-        if done.code == SANITIZER_FAILED:
-            raise Failed(f"{name}: {' '.join(result[name]['summary'])}", result)
-        if done.code:
-            raise Failed(f"{name}: {done.trouble}", result)
+    options = ["--tool", name, "--error-exitcode", str(SANITIZER_FAILED), *only_ours]
+    # torch hands out parts of large allocations; one allocation per tensor has an end to pass
+    cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = run(tool, *options, sys.executable, *script, **cache)
+    said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
+    if any(refusal in line for line in said for refusal in REFUSALS):
+        raise Skipped(f"{SANITIZER} refuses this device: {said[-1]}")
+    result = {"code": done.code, "summary": tail("\n".join(said), 1), "lines": said[:200]}
+    if done.code == SANITIZER_FAILED:
+        raise Failed(f"{name}: {' '.join(result['summary'])}", result)
+    if done.trouble:
+        raise Failed(f"{name}: {done.trouble}", result)
     return result
 
 
@@ -162,7 +173,7 @@ def kernels(run: Run) -> Any:
     env = {"OMP_NUM_THREADS": "1"} if run.rehearse else {}
     done = run.python("benchmarks/kernels.py", *words, **env)
     document = done.document()
-    if done.code:
+    if done.trouble:
         wrong = ", ".join(sorted({row["kernel"] for row in document["wrong"]}))
         raise Failed(f"wrong: {wrong}" if wrong else done.trouble, document)
     return document

@@ -92,6 +92,32 @@ def test_memory_that_ran_out_and_was_planned_again_fails(
     assert (code, failures(report)) == (1, [f"none: {notice}"])
 
 
+def test_the_document_has_the_rows_so_far(
+    bench: Any, parts: dict[str, Report], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.json"
+    parts[str(100 * MIB)] = {"saves": str(out), "dies": "in the second row"}
+    code, report, _ = bench(*BUDGETS, "--out", str(out))
+    assert code == 1
+    found = json.loads(Path(f"{out}.saved").read_text())
+    assert found == report | {
+        "failures": [],
+        "models": [report["models"][0] | {"rows": report["models"][0]["rows"][:1]}],
+    }
+    assert json.loads(out.read_text()) == report
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_whoever_looks_sees_a_whole_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    streaming.write(out, {"rows": 1})
+    monkeypatch.setattr(Path, "replace", lambda *_: None)  # stopped before the end
+    streaming.write(out, {"rows": 2})
+    assert json.loads(out.read_text()) == {"rows": 1}
+
+
 @pytest.mark.parametrize(("n_bytes", "wrong"), [(2 * 300 * 4, False), (2 * 300 * 4 - 1, True)])
 def test_a_stream_that_moved_less_than_planned_fails(n_bytes: int, wrong: bool) -> None:
     memory = dict.fromkeys(
@@ -188,9 +214,10 @@ def test_what_a_gpu_row_is_failed_for(changes: Report, wanted: str) -> None:
 
 
 def test_zquant_itself_is_measured() -> None:
-    args = gpu_args(device="cpu", ballast=False, compute_dtype="float32", steps=2)
+    args = gpu_args(device="cpu", ballast=False, compute_dtype="float32", steps=2, compute="int8")
     model = streaming.subject_of("demo", args, None)
     assert (len(model.blocks), model.passes, model.dtype) == (7, 1, "float32")
+    assert model.document()["compute"] == "int8"
     assert model.compute_s > 0
     row = runs.measured(model, args, None, GIB, steps=2)
     assert row["failures"] == []
@@ -204,6 +231,7 @@ def test_zquant_itself_is_measured() -> None:
 def test_budgets_are_read_and_what_others_are_compared_with_comes_first() -> None:
     args = streaming._arguments(["a", "--device", "cuda", "--budgets", "4GiB", "none", "2GiB"])
     assert args.budgets == [None, 2 * GIB, 4 * GIB]
+    assert args.compute == "auto"
 
 
 @pytest.mark.parametrize(

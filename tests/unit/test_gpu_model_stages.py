@@ -8,8 +8,9 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import gpu_model_stages as models
 import gpu_session
@@ -19,7 +20,7 @@ from gpu_run import Done, Failed, Run, Skipped
 from zquant.cli.convert import add_arguments
 
 ROOT = Path(__file__).parents[2]
-WHOLE = list(gpu_session.STAGES)[4:]
+WHOLE = [name for name, stage in gpu_session.STAGES.items() if stage.__module__ == models.__name__]
 
 
 def parser_of(name: str) -> Callable[[list[str]], argparse.Namespace]:
@@ -35,6 +36,12 @@ def parser_of(name: str) -> Callable[[list[str]], argparse.Namespace]:
     return lambda words: module._arguments(words)
 
 
+def row(engine: str, status: str, reason: str = "") -> dict[str, str]:
+    """Of the benchmark of peers."""
+    fields = {"engine": engine, "label": engine, "size": "512"}
+    return fields | {"status": status, "reason": reason}
+
+
 class Played:
     """Answers the commands of a stage.
 
@@ -45,6 +52,7 @@ class Played:
         words: of the benchmark of peers.
         failures: that the benchmark finds.
         rows: of the peers.
+        stops_after: rows of a benchmark that is stopped at the limit; None: it ends.
         device_shows: the bytes of a conversion depend on the device.
     """
 
@@ -54,7 +62,8 @@ class Played:
         self.benchmarks: list[argparse.Namespace] = []
         self.words: list[str] = []
         self.failures: list[str] = []
-        self.rows: list[dict[str, str]] = []
+        self.rows = [row("diffusers", "ok")]
+        self.stops_after: int | None = None
         self.device_shows = False
         self.parse = parser_of("streaming")
 
@@ -70,11 +79,21 @@ class Played:
         if words[0] == "benchmarks/peers.py":
             self.words = list(words[1:])
             wrong = any(row["status"] == "failed" for row in self.rows)
-            return Done(int(wrong), json.dumps({"rows": self.rows}) + "\n", "said\n")
+            return self.ended(words, {"rows": self.rows}, wrong)
         assert words[0] == "benchmarks/streaming.py"
         self.benchmarks.append(self.parse(list(words[1:])))
-        document = json.dumps({"failures": self.failures})
-        return Done(int(bool(self.failures)), f"progress\n{document}\n", "said\n")
+        document = {"failures": self.failures, "rows": self.rows}
+        return self.ended(words, document, bool(self.failures))
+
+    def ended(self, words: Sequence[str], document: dict[str, Any], wrong: bool) -> Done:
+        """A benchmark, which writes as it comes."""
+        out = Path(words[words.index("--out") + 1])
+        assert not out.exists()
+        if self.stops_after is None:
+            return Done(int(wrong), f"progress\n{json.dumps(document)}\n", "said\n")
+        if self.stops_after:
+            out.write_text(json.dumps(document | {"rows": self.rows[: self.stops_after]}))
+        return Done(None, "progress\n", "said\n")
 
     def convert(self, words: list[str]) -> Done:
         parser = argparse.ArgumentParser()
@@ -119,7 +138,7 @@ def test_a_rehearsal_makes_converts_and_paints(tmp_path: Path, played: Played) -
     assert found["convert-q8_0"]["result"]["weights"] == 7
     # the default work folder is for the full size
     made = sorted(p.name for p in (tmp_path / "out/work").iterdir())
-    assert made == ["Q4_K_M", "Q8_0", "checkpoint"]
+    assert made == ["Q4_K_M", "Q8_0", "checkpoint", "peers", "streaming"]
 
 
 def test_the_session_asks_for_full_size_on_the_gpu(run: Run, played: Played) -> None:
@@ -136,16 +155,19 @@ def test_the_session_asks_for_full_size_on_the_gpu(run: Run, played: Played) -> 
     assert played.conversions == wanted
     models.streaming_q8_0(run)
     models.streaming_q4_k_m(run)
+    models.streaming_q4_k_m_int8(run)
     models.ballast(run)
     assert run.loud
-    first, second, last = played.benchmarks
+    first, second, int8, last = played.benchmarks
     paths = [str(run.work / qtype) for qtype in models.QTYPES]
-    assert [args.models for args in played.benchmarks] == [paths[:1], paths[1:], paths]
+    assert [args.models for args in played.benchmarks] == [paths[:1], *[paths[1:]] * 2, paths]
+    assert [args.compute for args in played.benchmarks] == ["auto", "auto", "int8", "auto"]
+    assert (int8.budgets, int8.width, int8.steps) == ([None, 4 * 2**30], 1024, 8)
     gib = [None if size is None else size / 2**30 for size in second.budgets]
     assert gib == [None, 2, 3, 4, 6, 8]
     assert (first.width, first.height, first.steps) == (1024, 1024, 8)
     assert {args.device for args in played.benchmarks} == {"cuda"}
-    assert [args.ballast for args in played.benchmarks] == [False, False, True]
+    assert [args.ballast for args in played.benchmarks] == [False, False, False, True]
     assert last.budgets == [2 * 2**30, 4 * 2**30]
 
 
@@ -201,7 +223,26 @@ def test_what_the_benchmark_finds_fails_the_stage_and_is_kept(run: Run, played: 
     played.failures = ["Q8_0 within 2.0 GiB: held 2.1 GiB of VRAM", "another"]
     with pytest.raises(Failed, match=r"held 2.1 GiB of VRAM; another") as failed:
         models.streaming_q8_0(run)
-    assert failed.value.result == {"failures": played.failures}
+    assert failed.value.result == {"failures": played.failures, "rows": played.rows}
+
+
+@pytest.mark.parametrize("stage", ["streaming-q8_0", "peers-512"])
+@pytest.mark.parametrize(("n", "kept"), [(1, {"reference"}), (2, {"reference", "zquant"})])
+def test_a_benchmark_that_is_stopped_keeps_its_rows(
+    run: Run, played: Played, stage: str, n: int, kept: set[str]
+) -> None:
+    for made in ("checkpoint", "convert-q8_0", "convert-q4_k_m"):
+        gpu_session.STAGES[made](run)
+    played.rows = [row(name, "ok") for name in ("reference", "zquant", "diffusers")]
+    played.stops_after = n
+    with pytest.raises(Failed, match="stopped at the limit") as failed:
+        gpu_session.STAGES[stage](run)
+    document: Any = failed.value.result
+    assert {found["engine"] for found in document["rows"]} == kept
+    played.stops_after = 0  # rows of another run are not taken for its own
+    with pytest.raises(Failed, match="stopped at the limit") as failed:
+        gpu_session.STAGES[stage](run)
+    assert failed.value.result == ["said"]
 
 
 def test_peers_paint_from_the_checkpoint_and_both_models(
@@ -210,18 +251,38 @@ def test_peers_paint_from_the_checkpoint_and_both_models(
     models.checkpoint(run)
     models.convert_q8_0(run)
     with pytest.raises(Failed, match="Q4_K_M is not a model yet"):
-        models.peers(run)
+        models.peers_1024(run)
     models.convert_q4_k_m(run)
-    played.rows = [{"label": "sdcpp", "size": "512", "status": "skipped", "reason": "absent"}]
-    assert models.peers(run) == {"rows": played.rows}
     monkeypatch.setattr("zquant.models.checkpoint.model_files", lambda *_: None)
-    args = parser_of("peers")(played.words)
-    assert (args.device, args.sizes, args.steps) == ("cuda", [1024, 512], 8)
-    assert [p.name for p in (args.checkpoint, *args.models)] == ["checkpoint", *models.QTYPES]
-    played.rows.append({"label": "zquant", "size": "512", "status": "failed", "reason": "lost"})
+    parse = parser_of("peers")
+    for stage, size in ((models.peers_1024, 1024), (models.peers_512, 512)):
+        assert stage(run) == {"rows": played.rows}
+        args = parse(played.words)
+        assert (args.device, args.sizes, args.steps) == ("cuda", [size], 8)
+        assert [p.name for p in (args.checkpoint, *args.models)] == ["checkpoint", *models.QTYPES]
+        assert (args.work, args.keep, args.limit_s) == (run.work / "peers", True, 150)
+    played.rows.append(row("zquant", "failed", "lost"))
     with pytest.raises(Failed, match="zquant 512: lost") as failed:
-        models.peers(run)
+        models.peers_512(run)
     assert failed.value.result == {"rows": played.rows}
+
+
+def test_without_a_peer_the_stage_fails_and_names_the_packages(
+    run: Run, played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.checkpoint(run)
+    models.convert_q8_0(run)
+    models.convert_q4_k_m(run)
+    absent = "diffusers is not installed"
+    played.rows = [row("reference", "ok"), row("zquant", "ok"), row("diffusers", "skipped", absent)]
+    played.rows.append(row("sdcpp", "skipped", "no --sdcpp PATH"))
+    monkeypatch.setattr(models, "version", lambda name: "1" if name == "accelerate" else None)
+    reasons = f"no peer painted; {absent}; no --sdcpp PATH. .* wheels of diffusers, transf.*, gguf"
+    with pytest.raises(Failed, match=reasons) as failed:
+        models.peers_512(run)
+    assert failed.value.result == {"rows": played.rows}
+    played.rows.append(row("diffusers-gguf", "ok"))
+    assert models.peers_512(run) == {"rows": played.rows}
 
 
 @pytest.mark.parametrize(

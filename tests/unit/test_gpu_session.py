@@ -1,7 +1,9 @@
 """The session on a GPU: stages that end well or badly, are not repeated, and can be rehearsed."""
 
+import ast
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import gpu_run
 import gpu_session
 import gpu_stages
 import pytest
-from gpu_run import Done, Failed, Run, Skipped
+from gpu_run import ROOT, Done, Failed, Run, Skipped
 
 Stages = dict[str, Callable[[Run], Any]]
 
@@ -44,10 +46,11 @@ def run_of(tmp_path: Path, *, rehearse: bool = False) -> Run:
     return Run(rehearse=rehearse, log=tmp_path / "log", work=tmp_path / "work", end=end)
 
 
-CHEAP = ("environment", "tests", "sanitizer", "kernels")  # the others need models
+# the others need models, or are like memcheck
+CHEAP = ("environment", "tests", "kernels", "memcheck")
 
 
-def test_a_rehearsal_runs_every_stage_without_a_model(
+def test_a_rehearsal_runs_the_stages_without_a_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -55,16 +58,16 @@ def test_a_rehearsal_runs_every_stage_without_a_model(
     end = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = documents(tmp_path)
     assert set(found) == set(CHEAP)
-    assert {name for name, d in found.items() if d["status"] != "done"} == {"sanitizer"}
-    assert found["sanitizer"]["status"] == "skipped"
-    assert "rehearsal" in found["sanitizer"]["reason"]
+    assert {name for name, d in found.items() if d["status"] != "done"} == {"memcheck"}
+    assert found["memcheck"]["status"] == "skipped"
+    assert "rehearsal" in found["memcheck"]["reason"]
     assert found["environment"]["result"]["doctor"]["kind"] == "doctor"
     assert found["tests"]["result"]["passed"] > 0
     benchmark = found["kernels"]["result"]
     assert benchmark["wrong"] == []
     timed = {row["kernel"]: row["ratios"] for row in benchmark["rows"]}
     assert {"dequantize", "quantize", "fused_norm", "matmul_int8", "block"} < set(timed)
-    assert set(timed["block"]) == {"eager bf16"}
+    assert set(timed["block"]) == {"torch references, bf16"}
     assert all(d["command"] and d["rehearsed"] for d in found.values())
     # of the processor: how long it takes says more about a busy machine
     assert end.ru_utime - start.ru_utime < 40
@@ -130,6 +133,53 @@ def test_a_skipped_stage_says_why_and_is_no_failure(tmp_path: Path, stages: Stag
     assert documents(tmp_path)["a"]["reason"] == "no tool"
 
 
+@pytest.mark.parametrize("broken", [fail, lambda _: 1 // 0], ids=["failed", "broken"])
+def test_where_the_environment_fails_nothing_after_it_is_run(
+    tmp_path: Path,
+    stages: Stages,
+    capsys: pytest.CaptureFixture[str],
+    broken: Callable[[Run], Any],
+) -> None:
+    ran: list[str] = []
+    stages.update(a=lambda _: ran.append("a"), environment=broken)
+    stages.update(b=lambda _: ran.append("b"), c=lambda _: ran.append("c"))
+    try:
+        assert session(tmp_path) == 1
+    except ZeroDivisionError:
+        assert broken is not fail
+    assert ran == ["a"]
+    assert capsys.readouterr().err.splitlines()[-1] == "not run, as environment failed: b, c"
+    assert set(documents(tmp_path)) == {"a", "environment"}
+
+
+def test_no_stage_goes_past_the_end_of_the_session(tmp_path: Path, stages: Stages) -> None:
+    ends: list[float] = []
+    stages["a"] = lambda run: ends.append(run.end - time.monotonic())
+    assert session(tmp_path, "--total-s", "100") == 0
+    assert session(tmp_path, "--total-s", "1000", "--again") == 0
+    assert session(tmp_path, "--again") == 0
+    assert 90 < ends[0] < 100
+    assert all(500 < left < 540 for left in ends[1:])
+
+
+def test_a_stage_without_time_is_left_to_the_next_call(
+    tmp_path: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+    stages.update(done=lambda _: None, bad=fail)
+    assert session(tmp_path) == 1
+    stages["new"] = lambda _: ran.append("new")
+    assert session(tmp_path, "--total-s", "19") == 0
+    assert ran == []
+    found = documents(tmp_path)
+    assert (found["new"]["status"], found["new"]["reason"]) == ("skipped", "no time is left")
+    assert found["bad"]["result"] == {"wrong": 2}  # what is known is kept
+    assert "bad: skipped in 0.0 s: no time is left" in capsys.readouterr().err
+    stages["bad"] = stages["new"]
+    assert session(tmp_path) == 0
+    assert ran == ["new", "new"]
+
+
 def test_a_command_that_hangs_is_stopped_with_its_children(
     tmp_path: Path, stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +225,23 @@ def test_the_environment_names_missing_modules(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(Run, "__call__", lambda *_, **__: Done(0, "{}", ""))
     with pytest.raises(Failed, match="modules are missing: surely-not-there"):
         gpu_stages.environment(run_of(tmp_path, rehearse=True))
+    # without some of them there is only less to compare with
+    monkeypatch.setattr(gpu_stages, "MODULES", ("torch",))
+    monkeypatch.setattr(gpu_stages, "OPTIONAL", ("surely-not-there",))
+    found = gpu_stages.environment(run_of(tmp_path, rehearse=True))
+    assert found["optional"] == {"surely-not-there": None}
+
+
+def test_what_the_environment_must_have_is_what_zquant_imports() -> None:
+    imported = set()
+    for path in [p for folder in ("zquant", "kernels") for p in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported |= {name.split(".")[0].replace("PIL", "pillow") for name in names}
+    imported -= {*sys.stdlib_module_names, "zquant", "zquant_kernels"}
+    assert set(gpu_stages.MODULES) - {"pytest"} <= imported
+    assert imported <= {*gpu_stages.MODULES, *gpu_stages.OPTIONAL}
 
 
 TESTS = """
@@ -236,13 +303,14 @@ exit {code}
     ("line", "code", "reason"),
     [
         ("ERROR SUMMARY: 0 errors", 0, ""),
-        ("ERROR SUMMARY: 3 errors", 97, "memcheck: ========= ERROR SUMMARY: 3 errors"),
-        ("ERROR SUMMARY: 0 errors", 5, "memcheck: exit code 5"),
+        ("ERROR SUMMARY: 3 errors", 97, "check: ========= ERROR SUMMARY: 3 errors"),
+        ("ERROR SUMMARY: 0 errors", 5, "check: exit code 5"),
         ("Error: Device not supported", 1, "refuses this device"),
     ],
 )
+@pytest.mark.parametrize("name", ["memcheck", "racecheck"])
 def test_the_sanitizer_judges_by_its_own_exit_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: int, reason: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, line: str, code: int, reason: str
 ) -> None:
     log = tmp_path / "calls"
     tool = tmp_path / "bin" / gpu_stages.SANITIZER
@@ -252,19 +320,28 @@ def test_the_sanitizer_judges_by_its_own_exit_code(
     monkeypatch.setenv("PATH", f"{tmp_path}/nothing:/usr/bin:/bin")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     run = run_of(tmp_path)
+    stage = gpu_session.STAGES[name]
     if reason:
         kind = Skipped if "refuses" in reason else Failed
         with pytest.raises(kind, match=reason):
-            gpu_stages.sanitizer(run)
+            stage(run)
         return
-    found = gpu_stages.sanitizer(run)
-    assert [found[name]["summary"] for name in ("memcheck", "racecheck")] == [
-        ["========= ERROR SUMMARY: 0 errors"]
-    ] * 2
-    assert all(
-        "--kernel-name-exclude kns=_Z" in call and call.endswith("benchmarks/kernels.py --check")
-        for call in log.read_text().splitlines()
-    )
+    assert stage(run)["summary"] == ["========= ERROR SUMMARY: 0 errors"]
+    (call,) = log.read_text().splitlines()
+    assert f"--tool {name} " in call
+    assert "--kernel-name-exclude kns=_Z" in call
+    assert call.endswith("benchmarks/kernels.py --check")
+
+
+def test_a_sanitizer_that_is_stopped_at_the_limit_has_not_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = Done(None, "========= COMPUTE-SANITIZER\n", "")
+    monkeypatch.setattr(gpu_stages, "_sanitizer", lambda: "tool")
+    monkeypatch.setattr(Run, "__call__", lambda *_, **__: said)
+    with pytest.raises(Failed, match="memcheck: stopped at the limit") as failed:
+        gpu_stages.memcheck(run_of(tmp_path))
+    assert failed.value.result is not None
 
 
 def test_without_a_gpu_it_ends_with_2_and_says_so(

@@ -45,15 +45,11 @@ def test_without_a_compiler_kernels_do_not_run(card: Callable[..., list[int]]) -
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
 
     asked = card((8, 6), build)
-    why = [runtime.why_not(GPU) for _ in range(2)]
-    assert (
-        why[0]
-        == why[1]
-        == (
-            "Triton cannot build its launcher (RuntimeError: Failed to find C compiler.); it needs a C "
-            "compiler and Python's headers, e.g. the packages gcc and python3-dev"
-        )
+    expected = (
+        "Triton cannot build its launcher (RuntimeError: Failed to find C compiler.); it needs a "
+        "C compiler and Python's headers, e.g. the packages gcc and python3-dev"
     )
+    assert [runtime.why_not(GPU) for _ in range(2)] == [expected] * 2
     assert len(asked) == 1
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import zquant
 from tests import wild_files as wild
 from zquant.models.tokenizer import Vocabulary
 from zquant.report import as_text, describe
@@ -75,6 +76,12 @@ FILES: dict[str, tuple[Make, list[str], str]] = {
     "int8": (lambda p: wild.write_int8(p, DIT, FUSED, rotated=False), ["dit"], "ComfyUI int8"),
     "ae": (lambda p: wild.write_ldm(p, wild.plain_weights("vae")), ["vae"], "ComfyUI"),
 }
+
+
+def test_files_of_ours_are_told_by_their_receipts() -> None:
+    folder = Path(zquant.__file__).parent / "demo"
+    for name in ("dit-Q8_0.gguf", "text_encoder-Q8_0.gguf"):
+        assert describe(folder / name)["producer"] == "zquant"
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -107,15 +107,13 @@ def _producer(source: WeightSource, components: Sequence[str]) -> str:
 
 
 def _gguf_producer(metadata: Mapping[str, Any]) -> str:
+    if "zquant.version" in metadata:
+        return "zquant"
     architecture = metadata.get("general.architecture")
     if architecture is None:
         return "stable-diffusion.cpp"
-    # converters of ComfyUI's circle write no sizes; llama.cpp says what type of file it is
-    if architecture == "lumina2":
-        return "zquant" if "lumina2.rope.dimension_sections" in metadata else "city96-style"
-    if architecture == "qwen3":
-        return "llama.cpp" if "general.type" in metadata else "zquant"
-    return f"calcuis-style (architecture {quoted(architecture)})"
+    known = {"lumina2": "city96-style", "qwen3": "llama.cpp"}
+    return known.get(str(architecture), f"calcuis-style (architecture {quoted(architecture)})")
 
 
 def _variant(parts: Mapping[str, Part]) -> str | None:
