@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from demo_quality import convert, psnr_db, relative_l2
-from machine import describe_machine
+from machine import describe_machine, told
 from PIL import Image
 from torch import Tensor
 
@@ -230,14 +230,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = {
         "schema": SCHEMA,
         "machine": describe_machine(),
-        "settings": vars(args),
+        "settings": {key: told(value) for key, value in vars(args).items()},
         "reference": "the checkpoint's weights, multiplied exactly in float32",
         "rows": rows,
     }
     print(table(rows))
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1, default=str) + "\n", "utf-8")
-    print(json.dumps(report, default=str))
+        args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    print(json.dumps(report))
     return 0
 
 

@@ -166,6 +166,25 @@ def ram() -> str:
     return markdown(["", "planned", "peak RAM", "blocks streamed", "one step", "latents"], rows)
 
 
+def quality() -> str:
+    """What storage and int8 cost the demo model."""
+    document = load("quality-demo")
+    n = document["settings"]["prompts"]
+    rows = []
+    for row in document["rows"]:
+        cells = [f"{row['qtype']}, {row['compute']}", f"{round(n * row['right'])} of {n}"]
+        if "latents_error" in row:
+            cells.append(f"{100 * row['prompt_embeds_error']:.2f} %")
+            cells.append(f"{100 * row['latents_error'][-1]:.2f} %")
+            cells.append(f"{row['psnr_db_mean']:.1f} dB ({row['psnr_db_lowest']:.1f})")
+            cells.append(f"{row['ssim_mean']:.4f} ({row['ssim_lowest']:.4f})")
+        else:
+            cells += ["-"] * 4
+        rows.append(cells)
+    head = ["", "right", "error of the embeddings", "of the latents", "PSNR (lowest)"]
+    return markdown([*head, "SSIM (lowest)"], rows)
+
+
 def int8_blocks() -> str:
     """What int8 costs in one block of the true width."""
     errors = {
@@ -268,6 +287,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "peers-256": partial(peers, 256),
     "ram": ram,
+    "quality": quality,
     "int8-blocks": int8_blocks,
     "int8-demo": int8_demo,
     "projected": projected,

@@ -17,8 +17,8 @@ __all__ = ["multiplies", "peer_rows", "plot_all"]
 Load = Callable[[str], dict[str, Any]]
 GIB = 2**30
 PEERS = (  # in the order in which they ran
-    *(f"cpu-peers-256-{run}" for run in (1, 2, 3, 4, 5)),
-    *(f"cpu-peers-512-{run}" for run in (1, 2)),
+    *(f"cpu-peers-256-{run}" for run in (1, 2, 3, 4, 5, "bf16")),
+    *(f"cpu-peers-512-{run}" for run in (1, 2, "bf16")),
 )
 # this plan filled the RAM with expanded blocks, as none does since: 26.6 s a step, 20.1 GiB
 NO_LONGER = ("cpu-peers-256-1", "zquant Q4_K_M")
