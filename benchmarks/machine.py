@@ -1,10 +1,11 @@
 """What a benchmark ran on and with, for its document."""
 
+import json
 import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 import zquant
 
-__all__ = ["command_line", "describe_machine", "told"]
+__all__ = ["command_line", "describe_machine", "told", "write_document"]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -32,6 +33,13 @@ def describe_machine() -> dict[str, Any]:
 def command_line(program: str, words: Iterable[str]) -> str:
     """A command without the folders of its paths, which say nothing about the result."""
     return shlex.join([program, *(Path(w).name if "/" in w else w for w in words)])
+
+
+def write_document(path: Path, document: Mapping[str, Any]) -> None:
+    """The whole file or none of it: whoever stops the benchmark reads what is there."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    part.replace(path)
 
 
 def told(value: Any) -> Any:

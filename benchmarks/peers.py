@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 from demo_quality import psnr_db, relative_l2
-from machine import command_line, describe_machine, told
+from machine import command_line, describe_machine, told, write_document
 from peer_workers import Job, measured
 from PIL import Image
 from sdcpp import sdcpp_version
@@ -352,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report["versions"] |= row.pop("versions", {})
                 report["rows"].append(row)
                 if args.out:
-                    args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+                    write_document(args.out, report)
     print(table(report["rows"]))
     print(json.dumps(report))
     ours = [row for row in report["rows"] if row["engine"] in ("zquant", "reference")]

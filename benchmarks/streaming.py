@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
+from machine import describe_machine, write_document
 from streaming_runs import Subject, measured, subject_of
 from watch import Gpu
 
@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report["models"] = [*done, found]
             report["failures"] = failures_of(report["models"])
             if args.out:
-                write(args.out, report)
+                write_document(args.out, report)
         done = report["models"]
     print(json.dumps(report), flush=True)
     return int(bool(report["failures"]))
@@ -215,13 +215,6 @@ def failures_of(models: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in found["rows"]
         for failure in row["failures"]
     ]
-
-
-def write(path: Path, report: Mapping[str, Any]) -> None:
-    """The whole file or none of it: whoever stops this process reads what is there."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    part.replace(path)
 
 
 def machine() -> dict[str, Any]:

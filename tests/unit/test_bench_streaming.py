@@ -112,9 +112,9 @@ def test_whoever_looks_sees_a_whole_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out.json"
-    streaming.write(out, {"rows": 1})
+    streaming.write_document(out, {"rows": 1})
     monkeypatch.setattr(Path, "replace", lambda *_: None)  # stopped before the end
-    streaming.write(out, {"rows": 2})
+    streaming.write_document(out, {"rows": 2})
     assert json.loads(out.read_text()) == {"rows": 1}
 
 

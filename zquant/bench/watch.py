@@ -9,6 +9,7 @@ import ctypes
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -86,7 +87,7 @@ class Nvml:
         return not code
 
 
-class Sampler:
+class Sampler(ABC):
     """Looks at a process from `start` to the end of the with-block, in a thread of its own.
 
     Attributes:
@@ -128,9 +129,9 @@ class Sampler:
             if self._end.wait(self.period_s):
                 return
 
+    @abstractmethod
     def _sample(self, pid: int) -> None:
         """Look once."""
-        raise NotImplementedError
 
 
 def vram_witness(reason: str, *, listed: bool) -> str:
