@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import command_line, describe_machine
+from machine import command_line, describe_machine, write_document
 from sdcpp import sdcpp_version
 from watch import Watch
 
@@ -65,7 +65,7 @@ def main() -> int:
             _say(report["run"][-1])
     document = json.dumps(report)
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_document(args.out, report)
     print(document)
     return 0
 

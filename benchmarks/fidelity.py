@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from demo_quality import convert, psnr_db, relative_l2
-from machine import describe_machine
+from machine import describe_machine, write_document
 from torch import Tensor
 
 from zquant import Engine, RunResult
@@ -200,7 +200,7 @@ def main() -> int:
     }
     print(_table(rows))
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write_document(args.out, report)
     print(json.dumps(report))
     return 0
 

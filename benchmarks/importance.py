@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from demo_quality import relative_l2
-from machine import describe_machine
+from machine import describe_machine, write_document
 from torch import Tensor, nn
 
 from zquant import Engine, RunRequest
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(_linear_table(report["linears"]) + "\n\n" + _latent_table(report["latents"]))
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write_document(args.out, report)
     print(json.dumps(report))
     return 0
 

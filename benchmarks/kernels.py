@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from kernel_cases import BOUND_BY_MEMORY, COPY, GROUPS, UNITS, Case, Shapes, plainly, small
-from machine import describe_machine
+from machine import describe_machine, write_document
 from torch import Tensor
 from zquant_kernels import runtime
 
@@ -232,7 +232,7 @@ def main() -> int:
             faults.append(fault)
             report["wrong"].append({"kernel": ", ".join(sorted(asked)), "error": repr(fault)})
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write_document(args.out, report)
     print(json.dumps(report), flush=True)
     if faults:
         raise faults[0]

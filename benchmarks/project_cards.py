@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
+from machine import describe_machine, write_document
 
 from zquant.errors import PlanError
 from zquant.layers.compute import Compute
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": found,
     }
     if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
+        write_document(args.out, document)
     print(json.dumps(document))
     return 0
 

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from demo_quality import convert, psnr_db, relative_l2
-from machine import describe_machine, told
+from machine import describe_machine, told, write_document
 from PIL import Image
 from torch import Tensor
 
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(table(rows))
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write_document(args.out, report)
     print(json.dumps(report))
     return 0
 

@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 from demo_quality import relative_l2
-from machine import describe_machine
+from machine import describe_machine, write_document
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(table(rows))
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write_document(args.out, report)
     print(json.dumps(report))
     return 0
 
