@@ -195,3 +195,15 @@ def drop(after: int) -> Fault:
 def fine(_: Handler) -> bool:
     """No fault."""
     return False
+
+
+def fails_but_at(first: int) -> Fault:
+    """Answers 500 to all but the range that begins at byte `first`."""
+
+    def fault(handler: Handler) -> bool:
+        if str(handler.asked.range).startswith(f"bytes={first}-"):
+            return False
+        handler.answer(500, b"no")
+        return True
+
+    return fault

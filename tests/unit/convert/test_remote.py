@@ -203,13 +203,19 @@ def test_no_more_than_a_bounded_number_of_bytes_waits(hub, tmp_path, monkeypatch
 def test_closing_ends_the_threads_even_while_they_wait(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(remote_file, "READ_PATIENCE_S", 600)
     monkeypatch.setattr(remote_file, "FIRST_WAIT_S", 300)
-    plan = plan_conversion(ConvertRequest(source="owner/mini", out=tmp_path))
-    before = set(threading.enumerate())
-    hub.faults += [http.fine] + [http.status(500)] * 10000
-    stream = fetch.fetched(plan_slabs(plan))
+    given = plan_slabs(plan_conversion(ConvertRequest(source="owner/mini", out=tmp_path)))
+    part = given[0].part
+    n_before, before = len(hub.asked), set(threading.enumerate())
+    hub.faults += [http.fails_but_at(part.offset)] * 10000  # whichever thread comes first
+    stream = fetch.fetched(given)
     next(stream)
+    until = time.monotonic() + 60
+    while all(asked.status != 500 for asked in hub.asked[n_before:]):
+        assert time.monotonic() < until, "no request failed, so no thread waits"
+        time.sleep(0.01)
+    ours = [t for t in set(threading.enumerate()) - before if "_work" in t.name]  # not the server's
+    assert ours
     stream.close()
-    for thread in set(threading.enumerate()) - before:
-        if "_work" in thread.name:  # the others are the server's
-            thread.join(5)
-            assert not thread.is_alive()
+    for thread in ours:
+        thread.join(30)
+        assert not thread.is_alive()
