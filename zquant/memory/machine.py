@@ -61,6 +61,8 @@ PROBE_ROWS = 512
 def machine_of(device: Device, weight: Part) -> Machine:
     """What `device` offers; `weight` is a typical one of the model, whose file is read from."""
     on_windows = os.name == "nt"
+    # first, as it loads the decoders, which the process then holds
+    expand_s = 0.0 if device.is_cuda else _expand_s(weight, device.compute_dtype)
     available, held = ram_available(), ram_held()
     ram = held + max(0, available - max(HEADROOM_RAM, int(available * HEADROOM_SHARE)))
     disk = _disk_bytes_s(weight)
@@ -72,7 +74,7 @@ def machine_of(device: Device, weight: Part) -> Machine:
             ram_bytes=ram,
             ram_held=held,
             flops=matmul_flops(device.compute_dtype),
-            expand_s=_expand_s(weight, device.compute_dtype),
+            expand_s=expand_s,
             disk_bytes_s=disk,
         )
     torch_device = device.torch_device
