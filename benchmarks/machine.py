@@ -17,7 +17,7 @@ __all__ = ["command_line", "describe_machine", "told", "write_document"]
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, versions and commit; "" where there is no git."""
+    """Processor, cores, versions and commit, "-dirty" where files differ; "" without git."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -50,7 +50,8 @@ def told(value: Any) -> Any:
 
 
 def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    root = Path(__file__).parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:

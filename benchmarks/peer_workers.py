@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import command_line
 from sdcpp import sdcpp_command, sdcpp_document
 from torch import Tensor
 from watch import Gpu, Watch
@@ -244,6 +245,7 @@ def run_process(command: Sequence[str], gpu: Gpu | None, limit_s: float) -> Ende
     ):
         watch.start(process.pid)
         killer = threading.Timer(limit_s, process.kill)
+        killer.daemon = True
         killer.start()
         assert process.stdout is not None
         while piece := os.read(process.stdout.fileno(), 2**16):
@@ -267,9 +269,11 @@ def measured(job: Job, *, sdcpp: Path | None, gpu: Gpu | None, limit_s: float) -
     for old in filter(None, (job.latents, job.picture)):
         Path(old).unlink(missing_ok=True)
     row: dict[str, Any] = {}
+    if job.engine == "sdcpp":
+        row["command"] = command_line(command[0].rpartition("/")[2], command[1:])
     try:
         ended = run_process(command, gpu, limit_s)
-        row = {
+        row |= {
             "total_s": ended.wall_s,
             "peak_rss_bytes": ended.watch.ram_bytes or None,
             "peak_private_bytes": ended.watch.private_bytes or None,

@@ -31,7 +31,8 @@ def sdcpp_version(program: Path | None) -> str | None:
 def sdcpp_command(binary: str, job: "Job") -> list[str]:
     """The program and its arguments; its scale of guidance is 1 where ours is 0.
 
-    `--rng cpu` is torch's generator, so that the noise should be that of the seed.
+    `--rng cpu` is torch's generator, so that the noise should be that of the seed. Weights are
+    mapped, and its flash attention is on for a GPU alone, as its documentation advises.
     """
     files = model_files(job.model, {}, None)
     flags = {
@@ -51,7 +52,8 @@ def sdcpp_command(binary: str, job: "Job") -> list[str]:
         "--output": job.picture,
     }
     words = [str(word) for flag in flags.items() for word in flag]
-    return [binary, *words, "--diffusion-fa", "--verbose"]
+    attention = ["--diffusion-fa"] if job.device.startswith("cuda") else []
+    return [binary, *words, *attention, "--mmap", "--verbose"]
 
 
 def sdcpp_document(heard: Sequence[tuple[float, str]], job: "Job") -> dict[str, Any]:
