@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe_machine
+from machine import describe_machine, new_file, write_document
 from PIL import Image
 from torch import Tensor
 
@@ -76,7 +76,7 @@ def main() -> int:
     report["qtypes"] = [row for row in report["qtypes"] if row["qtype"] in args.qtypes]
     print(_table(report["qtypes"]))
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        write_document(args.out, report)
     print(json.dumps(report, ensure_ascii=False))
     return 0
 
@@ -165,7 +165,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of scenes")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--compute-dtype", default="float32")
-    parser.add_argument("--out", type=Path, help="write the document here as well")
+    parser.add_argument("--out", type=new_file, help="write the document here as well")
     args = parser.parse_args()
     if args.prompts < 1:
         parser.error(f"--prompts is {args.prompts}; it must be at least 1")

@@ -15,6 +15,7 @@ one JSON document.
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import command_line, describe_machine, write_document
+from machine import command_line, describe_machine, new_file, write_document
 from sdcpp import sdcpp_version
 from watch import Watch
 
@@ -230,8 +231,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sdcpp", type=Path, metavar="PATH", help="stable-diffusion.cpp's sd-cli")
     parser.add_argument("--sdcpp-source", type=Path, metavar="FILE", help="a DiT in one file")
     parser.add_argument("--keep", action="store_true", help="use converted folders that exist")
-    parser.add_argument("--out", type=Path, help="write the document here as well")
-    return parser.parse_args()
+    parser.add_argument("--out", type=new_file, help="write the document here as well")
+    args = parser.parse_args()
+    if args.sdcpp and shutil.which(args.sdcpp) is None:
+        parser.error(f"--sdcpp {args.sdcpp}: is not a program")
+    return args
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from demo_quality import convert, psnr_db, relative_l2
-from machine import describe_machine, write_document
+from machine import describe_machine, new_file, write_document
 from torch import Tensor
 
 from zquant import Engine, RunResult
@@ -224,7 +224,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--seed", type=int, default=0)
-    common.add_argument("--out", type=Path, help="write the document here as well")
+    common.add_argument("--out", type=new_file, help="write the document here as well")
     kinds = parser.add_subparsers(dest="what", required=True)
     one = kinds.add_parser("blocks", parents=[common])
     one.add_argument("--qtypes", nargs="+", default=["Q8_0", "Q4_K"])

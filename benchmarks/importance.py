@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from demo_quality import relative_l2
-from machine import describe_machine, write_document
+from machine import describe_machine, new_file, write_document
 from torch import Tensor, nn
 
 from zquant import Engine, RunRequest
@@ -296,7 +296,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=16, help="held-out scenes to measure on")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of scenes")
-    parser.add_argument("--out", type=Path, help="write the document here as well")
+    parser.add_argument("--out", type=new_file, help="write the document here as well")
     return parser.parse_args(argv)
 
 

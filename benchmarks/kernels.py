@@ -21,12 +21,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from kernel_cases import BOUND_BY_MEMORY, COPY, GROUPS, UNITS, Case, Shapes, plainly, small
-from machine import describe_machine, write_document
+from machine import describe_machine, new_file, write_document
 from torch import Tensor
 from zquant_kernels import runtime
 
@@ -263,7 +262,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small shapes, to test this script")
     parser.add_argument("--check", action="store_true", help="time nothing; leaves out the block")
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--out", type=Path, help="write the document here as well")
+    parser.add_argument("--out", type=new_file, help="write the document here as well")
     args = parser.parse_args()
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,6 +5,7 @@ import os
 import platform
 import shlex
 import subprocess
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 import zquant
 
-__all__ = ["command_line", "describe_machine", "told", "write_document"]
+__all__ = ["command_line", "describe_machine", "new_file", "told", "write_document"]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -40,6 +41,14 @@ def write_document(path: Path, document: Mapping[str, Any]) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     part.replace(path)
+
+
+def new_file(text: str) -> Path:
+    """An argument: where a document will be written, hours later perhaps."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise ArgumentTypeError(f"folder '{path.parent}' does not exist; create it first")
+    return path
 
 
 def told(value: Any) -> Any:

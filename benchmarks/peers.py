@@ -12,16 +12,17 @@
 
 Every engine has a process of its own, and a row that says why where it cannot run or has failed.
 Latents are compared with those of zquant in float32 on the checkpoint itself: it fits where
-diffusers in float32 does not, and the oracle tests find the two equal to 1e-5. Its embeddings are
-given to all that take some; with `--encode` every engine makes its own. stable-diffusion.cpp takes
-neither noise nor embeddings: it draws the noise of the seed with torch's generator, holds a text
-encoder beside the DiT, and gives no latents, so that its picture alone is compared.
+diffusers in float32 does not, and the oracle tests find the two equal to 1e-5 on small models and
+on one layer of the true width. Its embeddings are given to all that take some; with `--encode`
+every engine makes its own. stable-diffusion.cpp takes neither noise nor embeddings: it draws the
+noise of the seed with torch's generator, runs its text encoder, quantized as the files are, and
+gives no latents, so that its picture alone is compared.
 
-The floor of a step is its float products at the best rate that torch reaches here; int8 may go
-below it. Steps are those after the first, which in some engines reads the weights. RAM is the
-largest resident set of the process by the kernel's own count, mapped files included; "own" is the
-most of it that was no page of a file. The last line is one JSON document; `--out` has it after
-every row.
+The floor of a step is its float products at the best rate that torch reached here, before or
+between the engines; int8 may go below it. Steps are those after the first, which in some engines
+reads the weights. RAM is the largest resident set of the process by the kernel's own count, mapped
+files included; "own" is the most of it that was no page of a file. The last line is one JSON
+document; `--out` has it after every row.
 """
 
 import argparse
@@ -30,7 +31,6 @@ import json
 import math
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -41,7 +41,8 @@ from typing import Any
 
 import torch
 from demo_quality import psnr_db, relative_l2
-from machine import command_line, describe_machine, told, write_document
+from machine import command_line, describe_machine, new_file, told, write_document
+from peer_floor import ceiling, lowered
 from peer_workers import Job, measured
 from PIL import Image
 from sdcpp import sdcpp_version
@@ -57,7 +58,6 @@ from zquant.units import format_bytes, format_seconds
 
 SCHEMA = "zquant-peers-1"
 PROMPT = "a red fox in the snow, golden light, photograph"
-CAPTION_TOKENS = 32
 SEED = 0
 PROCESS_BYTES = 2**30  # Python, torch and the libraries; on a GPU the context and workspaces
 ENGINES = {  # name -> whether it runs every converted model, or the checkpoint once
@@ -69,6 +69,7 @@ ENGINES = {  # name -> whether it runs every converted model, or the checkpoint 
     "sdcpp": True,
     "nunchaku": False,
 }
+DTYPES = ("bfloat16", "float16", "float32")
 ON_GPU_ONLY = ("diffusers-offload", "diffusers-group", "nunchaku")
 PIPELINES = ("diffusers", "diffusers-offload", "diffusers-group", "diffusers-gguf", "nunchaku")
 PACKAGES = {"diffusers": ("diffusers",), "nunchaku": ("diffusers", "nunchaku")}
@@ -152,41 +153,6 @@ def need(bench: Bench, engine: str, model: Path, size: int) -> Need:
 def _stored_bytes(path: Path) -> int:
     """Of a file, or of all files in a folder."""
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
-
-
-def ceiling(dit: DiTConfig, size: int, device: str) -> dict[str, Any]:
-    """Products of a step, the rates of torch at the widest of them, and the floor."""
-    image = math.ceil((size // 16) ** 2 / 32) * 32
-    both = image + CAPTION_TOKENS
-    block = 4 * dit.dim**2 + 3 * dit.dim * dit.hidden_dim
-    flop = sum(
-        n * (2 * block * tokens + 4 * dit.dim * tokens**2)
-        for n, tokens in ((dit.n_layers, both), (dit.n_refiner_layers, image))
-    )
-    rates = {}
-    for name in ("float32", "bfloat16", *(() if device == "cpu" else ("float16",))):
-        shapes = ((both, dit.dim), (dit.hidden_dim, dit.dim))
-        x, weight = (torch.randn(s, device=device).to(getattr(torch, name)) for s in shapes)
-        rates[name] = 2 * weight.numel() * both / _product_s(x, weight) / 1e9
-    return {
-        "size": size,
-        "tflop": flop / 1e12,
-        "gflop_s": {name: round(rate, 1) for name, rate in rates.items()},
-        "floor_s": flop / max(rates.values()) / 1e9,
-    }
-
-
-def _product_s(x: torch.Tensor, weight: torch.Tensor) -> float:
-    """Seconds of the fastest product within one: a floor must not be raised by noise."""
-    times: list[float] = []
-    end = time.perf_counter() + 1
-    while len(times) < 2 or time.perf_counter() < end:
-        start = time.perf_counter()
-        x @ weight.t()
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def why_not(bench: Bench, engine: str, model: Path, size: int) -> str:
@@ -278,9 +244,9 @@ def compare(job: Job, reference: Job) -> dict[str, float]:
     return found
 
 
-def rows_of(bench: Bench, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The reference's row and those of all engines, for the size of a ceiling."""
-    args, size = bench.args, found["size"]
+def rows_of(bench: Bench, size: int) -> Iterator[dict[str, Any]]:
+    """The reference's row and those of all engines, for one size."""
+    args = bench.args
     exact = reference_job(bench, size)
     first: dict[str, Any] = {"engine": "reference", "label": "reference", "size": size}
     kept = all(Path(f).is_file() for f in (exact.latents, exact.picture, exact.keep_embeds))
@@ -288,7 +254,7 @@ def rows_of(bench: Bench, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
         first |= {"status": "ok", "reason": "kept from an earlier run"}
     else:
         first |= carry_out(bench, exact)
-    yield _said(first, found["floor_s"])
+    yield first
     for engine in args.engines:
         for model in args.models if ENGINES[engine] else [args.checkpoint]:
             label = f"{engine} {model.name}" if ENGINES[engine] else engine
@@ -300,15 +266,7 @@ def rows_of(bench: Bench, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 job = job_of(bench, exact, engine, model)
                 row |= carry_out(bench, job)
                 row |= compare(job, exact) if row["status"] == "ok" else {}
-            yield _said(row, found["floor_s"])
-
-
-def _said(row: dict[str, Any], floor_s: float) -> dict[str, Any]:
-    """The row with its distance from the floor, said on stderr."""
-    if "step_s" in row:
-        row["ratio"] = row["step_s"] / floor_s
-    print(f"{row['label']} {row['size']}: {row['status']} {row['reason']}", file=sys.stderr)
-    return row
+            yield row
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -347,10 +305,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rows": [],
         }
         print(*report["ceilings"], sep="\n", flush=True)
-        for found in report["ceilings"]:
-            for row in rows_of(bench, found):
+        for i, size in enumerate(args.sizes):
+            for row in rows_of(bench, size):
+                print(f"{row['label']} {size}: {row['status']} {row['reason']}", file=sys.stderr)
                 report["versions"] |= row.pop("versions", {})
                 report["rows"].append(row)
+                report["ceilings"][i] = lowered(report["ceilings"][i], bench.dit, args.device)
+                for each in report["rows"]:
+                    if each["size"] == size and "step_s" in each:
+                        each["ratio"] = each["step_s"] / report["ceilings"][i]["floor_s"]
                 if args.out:
                     write_document(args.out, report)
     print(table(report["rows"]))
@@ -369,7 +332,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--encode", action="store_true", help="every engine encodes the prompt")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
-    parser.add_argument("--dtype", default="bfloat16", help="of the others' weights")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=DTYPES, help="of the others' weights"
+    )
     parser.add_argument("--compute-dtype", default="auto", help="zquant's")
     parser.add_argument("--compute", default="auto", help="zquant's: auto, exact or int8")
     parser.add_argument("--sdcpp", type=Path, metavar="PATH", help="stable-diffusion.cpp's sd-cli")
@@ -380,7 +345,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit-s", type=float, default=7200, help="of one process, in seconds")
     parser.add_argument("--work", type=Path, help="folder that keeps latents and pictures")
     parser.add_argument("--keep", action="store_true", help="use references that are in --work")
-    parser.add_argument("--out", type=Path, help="write the document here as well")
+    parser.add_argument("--out", type=new_file, help="write the document here as well")
     args = parser.parse_args(argv)
     if wrong := [size for size in args.sizes if size < 16 or size % 16]:
         parser.error(f"--sizes {wrong[0]}: it must be a multiple of 16")

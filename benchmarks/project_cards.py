@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine, write_document
+from machine import describe_machine, new_file, write_document
 
 from zquant.errors import PlanError
 from zquant.layers.compute import Compute
@@ -71,7 +71,8 @@ CARDS = (
     Card(name="RTX 4060", vram_gib=8, tflops=30.2, int8=True, link_gb_s=12.5),
     Card(name="RTX 4060, Gen3 board", vram_gib=8, tflops=30.2, int8=True, link_gb_s=6.5),
     Card(name="RTX 2060", vram_gib=6, tflops=25.8, int8=True, link_gb_s=12),
-    Card(name="GTX 1650", vram_gib=4, tflops=6.0, int8=False, link_gb_s=12),
+    # no tensor cores: with float32 sums float16 has the rate of float32
+    Card(name="GTX 1650", vram_gib=4, tflops=3.0, int8=False, link_gb_s=12),
 )
 
 
@@ -204,7 +205,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--ram", type=float, default=12.0, help="GiB that are free")
     parser.add_argument("--disk", type=float, default=2.0, help="GB/s of the file")
-    parser.add_argument("--out", type=Path, metavar="FILE")
+    parser.add_argument("--out", type=new_file, metavar="FILE")
     return parser.parse_args(argv)
 
 

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from demo_quality import convert, psnr_db, relative_l2
-from machine import describe_machine, told, write_document
+from machine import describe_machine, new_file, told, write_document
 from PIL import Image
 from torch import Tensor
 
@@ -252,7 +252,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the scenes, and of the noise")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
-    parser.add_argument("--out", type=Path, help="write the document here as well")
+    parser.add_argument("--out", type=new_file, help="write the document here as well")
     args = parser.parse_args(argv)
     most = sys.maxsize if is_demo(args.checkpoint) else len(PROMPTS)
     if not 1 <= args.prompts <= most:

@@ -3,7 +3,7 @@
     python benchmarks/report.py            print every table
     python benchmarks/report.py --write    put them into the READMEs, between their marks
     python benchmarks/report.py --check    exit code 1 if a README has another text
-    python benchmarks/report.py --plots DIR    PNGs (needs matplotlib: pip install zquant[report])
+    python benchmarks/report.py --plots DIR    PNGs (needs matplotlib: pip install '.[report]')
 
 A table stands between `<!-- table NAME -->` and `<!-- end of table -->`, in README.md or in
 benchmarks/README.md. No number is written by hand. Measured and projected figures are never in one
@@ -21,22 +21,20 @@ from typing import Any
 
 from report_plots import multiplies, peer_rows, plot_all
 
-from zquant.units import format_seconds
-
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 READMES = (ROOT / "README.md", Path(__file__).parent / "README.md")
 MARKS = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 GIB = 2**30
 SCHEMAS = {  # that the tables are written for
-    *("zquant-demo-quality-1", "zquant-end-to-end-1", "zquant-end-to-end-2", "zquant-fidelity-1"),
+    *("zquant-demo-quality-1", "zquant-end-to-end-2", "zquant-fidelity-1"),
     *("zquant-importance-1", "zquant-peers-1", "zquant-projection-1", "zquant-quality-1"),
     *("zquant-streaming-1", "zquant-target-size-1"),
 }
 CONVERTED = ("cpu-full-q8_0", "cpu-full-q6_k", "cpu-full-q4_k_m")
-RUNS = ("cpu-full-256", "cpu-full-512", "cpu-full-512-q4_k_m")
 CEILINGS = ("cpu-ram-512-q4_k_m", "cpu-ram-512-q8_0")
 CONVERTERS = {"zquant": "zquant, everything", "sdcpp": "stable-diffusion.cpp, the DiT"}
+OTHER_TYPE = {("sdcpp", "Q4_K_M"): "to q4_K, "}  # it has no policies
 STREAMS = {
     "gaussian": "Gaussian",
     "heavy": "heavy tails (Student's t, 4)",
@@ -48,6 +46,7 @@ PROJECTED = (  # columns of the table: edge, model, budget
     (512, "Q4_K_M", "2GiB"),
     (512, "Q4_K_M", "4GiB"),
 )
+FULL_ONLY = ("runs", "times the floor", "first step", "whole run")  # not in the main README
 HIDDEN = 0.005  # less than this share of a step is none
 
 
@@ -70,32 +69,20 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def measured() -> str:
-    """Size, conversion and a picture of the whole model on a CPU, one column per policy."""
-    converted: dict[str, Any] = {}
-    runs: dict[tuple[str, int], Any] = {}
-    for name in CONVERTED:
-        converted |= {row["qtype"]: row for row in load(name)["convert"]}
-    for name in RUNS:
-        runs |= {(row["qtype"], row["size"]): row for row in load(name)["run"]}
+    """Size and conversion of the whole model on a CPU, one column per policy."""
+    converted = {row["qtype"]: row for name in CONVERTED for row in load(name)["convert"]}
 
     def size(qtype: str) -> str:
         files = converted[qtype]["files"]
         each = (f"{files[f]['bytes'] / GIB:.1f}" for f in ("dit", "text_encoder"))
         return " + ".join(each) + " GiB"
 
-    def run(qtype: str, edge: int) -> str:
-        if (row := runs.get((qtype, edge))) is None:
-            return "-"
-        return f"{format_seconds(row['wall_s'])}, {row['step_s']:.0f} s a step, {_ram(row)}"
-
-    edges = sorted({edge for _, edge in runs})
     rows = [
         ["DiT + text encoder", *map(size, converted)],
         [
             "convert the 20.5 GB BF16 checkpoint",
             *(f"{row['wall_s']:.0f} s, {_ram(row)}" for row in converted.values()),
         ],
-        *([f"{e}x{e}, 8 steps", *(run(q, e) for q in converted)] for e in edges),
     ]
     return markdown(["", *converted], rows)
 
@@ -115,34 +102,42 @@ def converters() -> str:
     def cell(row: Mapping[str, Any]) -> str:
         if "skipped" in row:
             return str(row["skipped"])
-        return f"{row['wall_s']:.0f} s, {row['mb_s']:.0f} MB/s, {_ram(row)}"
+        other = OTHER_TYPE.get((row["engine"], row["qtype"]), "")
+        return f"{other}{row['wall_s']:.0f} s, {row['mb_s']:.0f} MB/s, {_ram(row)}"
 
     qtypes = list(dict.fromkeys(qtype for _, qtype in found))
     rows = [[CONVERTERS[e], *(cell(found[e, q]) for q in qtypes)] for e in CONVERTERS]
     return markdown(["", *qtypes], rows)
 
 
-def peers(*sizes: int) -> str:
+def peers(*sizes: int, brief: bool = False) -> str:
     """The same picture by several engines on one machine; who was absent is not listed."""
     rows = [row for row in peer_rows(load) if row["size"] in sizes or not sizes]
-    return markdown(
-        ["", "multiplies", "one step", "runs", "peak RAM", "own", "error of the latents", "PSNR"],
-        [
-            [
-                f"{row['size']}x{row['size']}, {row['label']}",
-                multiplies(row),
-                f"{row['step_s']:.0f} s",
-                str(row["n_runs"]),
-                f"{row['peak_rss_bytes'] / GIB:.1f} GiB",
-                f"{row['peak_private_bytes'] / GIB:.1f} GiB"
-                if "peak_private_bytes" in row
-                else "-",
-                f"{100 * row['latents_error']:.2f} %" if "latents_error" in row else "-",
-                f"{row['psnr_db']:.1f} dB" if "psnr_db" in row else "-",
-            ]
-            for row in sorted(rows, key=lambda each: (each["size"], each["step_s"]))
-        ],
-    )
+    rows.sort(key=lambda row: (row["size"], row["step_s"]))
+    cells = [_peer(row) for row in rows]
+    heads = [name for name in cells[0] if not (brief and name in FULL_ONLY)]
+    return markdown(heads, [[row[name] for name in heads] for row in cells])
+
+
+def _peer(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row by the heads of its columns."""
+    step, n = f"{row['step_s']:.0f} s", row["n_runs"]
+    least, most = row["step_range_s"]
+    return {
+        "": f"{row['size']}x{row['size']}, {row['label']}",
+        "multiplies": multiplies(row),
+        "one step (range)": step if n == 1 else f"{step} ({least:.0f} to {most:.0f})",
+        "runs": str(n),
+        "times the floor": f"{row['step_s'] / row['floor_s']:.2f}",
+        "first step": f"{row['first_step_s']:.0f} s",
+        "whole run": f"{row['total_s']:.0f} s",
+        "peak RAM": f"{row['peak_rss_bytes'] / GIB:.1f} GiB",
+        "own": f"{row['peak_private_bytes'] / GIB:.1f} GiB" if "peak_private_bytes" in row else "-",
+        "error of the latents": f"{100 * row['latents_error']:.2f} %"
+        if "latents_error" in row
+        else "-",
+        "PSNR": f"{row['psnr_db']:.1f} dB" if "psnr_db" in row else "-",
+    }
 
 
 def ram() -> str:
@@ -159,11 +154,10 @@ def ram() -> str:
                     f"{row['planned_ram_bytes'] / GIB:.1f} GiB",
                     f"{row['peak_ram_bytes'] / GIB:.1f} GiB",
                     f"{row['streamed_blocks']} of {model['ceilings']['n_blocks']}",
-                    f"{row['step_s']:.0f} s",
                     "same" if same else "other",
                 ]
             )
-    return markdown(["", "planned", "peak RAM", "blocks streamed", "one step", "latents"], rows)
+    return markdown(["", "planned", "peak RAM", "blocks streamed", "latents"], rows)
 
 
 def quality() -> str:
@@ -285,7 +279,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "measured": measured,
     "converters": converters,
     "peers": peers,
-    "peers-256": partial(peers, 256),
+    "peers-256": partial(peers, 256, brief=True),
     "ram": ram,
     "quality": quality,
     "int8-blocks": int8_blocks,
@@ -317,10 +311,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for readme in stale:
             print(f"{readme} is not what the results say: python benchmarks/report.py --write")
         return int(bool(stale))
-    elif args.plots:
+    if args.plots:
         for path in plot_all(args.plots, load):
             print(path)
-    else:
+    elif not args.write:
         for name, table in TABLES.items():
             print(f"{name}\n\n{table()}")
     return 0

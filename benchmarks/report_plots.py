@@ -1,5 +1,7 @@
 """Plots of result files: memory against seconds, quality against size, a timeline of a stream."""
 
+import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,14 +19,14 @@ __all__ = ["multiplies", "peer_rows", "plot_all"]
 Load = Callable[[str], dict[str, Any]]
 GIB = 2**30
 PEERS = (  # in the order in which they ran
-    *(f"cpu-peers-256-{run}" for run in (1, 2, 3, 4, 5, "bf16")),
-    *(f"cpu-peers-512-{run}" for run in (1, 2, "bf16")),
+    *(f"cpu-peers-256-{run}" for run in (2, 3, 4, 5, "bf16", 6, 7)),
+    *(f"cpu-peers-512-{run}" for run in (1, "bf16", 3)),
 )
-# this plan filled the RAM with expanded blocks, as none does since: 26.6 s a step, 20.1 GiB
-NO_LONGER = ("cpu-peers-256-1", "zquant Q4_K_M")
+NEWEST = ("cpu-peers-256-6", "cpu-peers-256-7", "cpu-peers-512-3")
+# zquant's decoder became faster; stable-diffusion.cpp was given its flash attention and no mapping
+ONLY_NEWEST = ("zquant Q4_K_M", "sdcpp Q8_0", "sdcpp Q4_K_M")
 SIZE = (7, 4.5)  # inches
-N_BLOCKS, N_STREAMED = 32, 27  # of the timeline: 2 GiB and Q4_K_M at 1024x1024 on an RTX 3060
-BLOCK_BYTES, BLOCK_S, LINK_BYTES_S = 115 * 2**20, 1.25 / 32, 12e9
+TIMELINE = ("RTX 3060, Gen3 board", "dit-Q4_K_M.gguf", "2GiB")  # card, model and budget
 
 
 def plot_all(folder: Path, load: Load) -> Iterator[Path]:
@@ -36,7 +38,7 @@ def plot_all(folder: Path, load: Load) -> Iterator[Path]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SystemExit("plots need matplotlib: pip install zquant[report]") from error
+        raise SystemExit("plots need matplotlib: pip install '.[report]'") from error
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in (
         ("memory-seconds", _memory_seconds),
@@ -53,19 +55,30 @@ def plot_all(folder: Path, load: Load) -> Iterator[Path]:
 def peer_rows(load: Load) -> list[dict[str, Any]]:
     """Every picture that an engine painted, with how often; the reference is not among them.
 
-    The time of a step is that of the quickest run, the rest that of the last: other programs ran
-    beside some, which costs time and no memory.
+    Seconds are medians of the runs, `step_range_s` the least and the most; `floor_s` is the lowest
+    floor of that size that any run measured; memory and errors are those of the last run.
     """
     found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    floors: dict[int, float] = {}
     for name in PEERS:
-        for row in load(name)["rows"]:
+        document = load(name)
+        for each in document["ceilings"]:
+            floors[each["size"]] = min(each["floor_s"], floors.get(each["size"], math.inf))
+        for row in document["rows"]:
             ran = row["engine"] != "reference" and row["status"] == "ok"
-            if ran and (name, row["label"]) != NO_LONGER:
+            if ran and (row["label"] not in ONLY_NEWEST or name in NEWEST):
                 found.setdefault((row["label"], row["size"], multiplies(row)), []).append(row)
-    return [
-        {**rows[-1], "step_s": min(row["step_s"] for row in rows), "n_runs": len(rows)}
-        for rows in found.values()
-    ]
+    return [_merged(rows, floors) for rows in found.values()]
+
+
+def _merged(rows: list[dict[str, Any]], floors: dict[int, float]) -> dict[str, Any]:
+    seconds = {
+        name: statistics.median(row[name] for row in rows)
+        for name in ("step_s", "first_step_s", "total_s")
+    }
+    steps = [row["step_s"] for row in rows]
+    more = {"n_runs": len(rows), "step_range_s": (min(steps), max(steps))}
+    return {**rows[-1], **seconds, **more, "floor_s": floors[rows[-1]["size"]]}
 
 
 def multiplies(row: dict[str, Any]) -> str:
@@ -108,13 +121,21 @@ def _quality_size(axes: Any, load: Load) -> None:
     )
 
 
-def _timeline(axes: Any, load: Load) -> None:  # noqa: ARG001 # one signature for all
-    """Copies and products of one step, by the virtual clock."""
-    lanes = SimulatedLanes(Clock(), Machine(link_bytes_s=LINK_BYTES_S, disk_bytes_s=2e9))
-    streamed = spread(N_BLOCKS, N_STREAMED)
-    uses = [Use(BLOCK_BYTES if i in streamed else None, BLOCK_S) for i in range(N_BLOCKS)]
-    blocks = [SimulatedBlock(str(i), BLOCK_BYTES) for i in range(N_STREAMED)]
-    shape = StreamShape(n_slots=2, n_ring=0, kept=frozenset(range(N_STREAMED)))
+def _timeline(axes: Any, load: Load) -> None:
+    """Copies and products of one step of a projected card, by the virtual clock."""
+    projection, (model, *_) = load("projection-1024"), load("cpu-ram-512-q4_k_m")["models"]
+    card = next(card for card in projection["cards"] if card["name"] == TIMELINE[0])
+    row = next(
+        row for row in projection["rows"] if (row["card"], row["model"], row["budget"]) == TIMELINE
+    )
+    n, n_streamed = model["ceilings"]["n_blocks"], row["streamed"]
+    n_bytes, block_s = model["ceilings"]["all_blocks_bytes"] // n, row["resident_s"] / n
+    disk, link = (1e9 * of[key] for of, key in ((projection, "disk_gb_s"), (card, "link_gb_s")))
+    lanes = SimulatedLanes(Clock(), Machine(link_bytes_s=link, disk_bytes_s=disk))
+    streamed = spread(n, n_streamed)
+    uses = [Use(n_bytes if i in streamed else None, block_s) for i in range(n)]
+    blocks = [SimulatedBlock(str(i), n_bytes) for i in range(n_streamed)]
+    shape = StreamShape(n_slots=2, n_ring=0, kept=frozenset(range(n_streamed)))
     stream = BlockStream(blocks, shape, lanes)
     forward(stream, lanes, uses)  # reads the file
     began = lanes.clock
@@ -131,5 +152,5 @@ def _timeline(axes: Any, load: Load) -> None:  # noqa: ARG001 # one signature fo
         yticks=list(rows.values()),
         yticklabels=list(rows),
         xlabel="seconds of the second step",
-        title="PROJECTED: RTX 3060 on PCIe 3, 1024x1024, Q4_K_M within 2 GiB",
+        title=f"PROJECTED: {TIMELINE[0]}, 1024x1024, Q4_K_M within 2 GiB",
     )

@@ -27,11 +27,10 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine, write_document
+from machine import describe_machine, new_file, write_document
 from streaming_runs import Subject, measured, subject_of
 from watch import Gpu
 
@@ -239,7 +238,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compute", choices=COMPUTES, default=AUTO, help="likewise")
     parser.add_argument("--max-ram", metavar="SIZE", help="beside a GPU: of every run")
     parser.add_argument("--ballast", action="store_true", help="leave no more VRAM than the budget")
-    parser.add_argument("--out", type=Path, help="write the document here as well")
+    parser.add_argument("--out", type=new_file, help="write the document here as well")
     args = parser.parse_args(argv)
     try:
         sizes = {text: None if text == "none" else parse_bytes(text) for text in args.budgets}

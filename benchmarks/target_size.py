@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 from demo_quality import relative_l2
-from machine import describe_machine, write_document
+from machine import describe_machine, new_file, write_document
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -250,7 +250,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=list(POLICIES_SHOWN), choices=POLICIES)
     parser.add_argument("--prompts", type=int, default=16, help="held-out scenes to paint")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--out", type=Path, help="write the document here as well")
+    parser.add_argument("--out", type=new_file, help="write the document here as well")
     args = parser.parse_args(argv)
     if args.prompts < 1:
         parser.error(f"--prompts is {args.prompts}; it must be at least 1")

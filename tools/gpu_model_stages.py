@@ -5,8 +5,9 @@
     WORK/Q4_K_M       likewise, 6 GB
     WORK/streaming    what that benchmark has measured so far, likewise WORK/peers and its pictures
 
-The work folder outlives the session: a stage does what is missing there, and goes on where it was
-stopped. A rehearsal has the tiny preset and a work folder of its own.
+The work folder outlives the session: a stage does what is missing there. A benchmark that was
+stopped begins anew, with the references it has; its rows so far are in the session's document. A
+rehearsal has the tiny preset and a work folder of its own.
 """
 
 import hashlib
@@ -193,6 +194,8 @@ def _peers(run: Run, size: int) -> Any:
     words += ["--work", str(run.work / "peers"), "--keep", "--limit-s", PEER_LIMIT_S]
     words += ["--sizes", str(size // 16 if run.rehearse else size)]
     words += PEERS_REHEARSED if run.rehearse else ("--steps", "8")
+    if program := shutil.which("sd-cli"):
+        words += ["--sdcpp", program]
     document = _benchmark(run, "peers", *words)
     theirs = [row for row in document["rows"] if row["engine"] not in ("reference", "zquant")]
     if not any(row["status"] == "ok" for row in theirs):

@@ -144,11 +144,12 @@ class SimulatedLanes:
         spans: what took time so far, in order of its end.
     """
 
+    enter = staticmethod(lambda: None)  # any thread may use this device
+
     def __init__(self, chooser: Chooser, machine: Machine) -> None:
         self.direct, self.machine = machine.direct, machine
         self.reason = "" if machine.pinned else "the machine refuses"
-        self.clock = 0.0
-        self.spans: list[Span] = []
+        self.clock, self.spans = 0.0, list[Span]()
         self._chooser, self._n_choices = chooser, 0
         self._lanes = {name: _Lane(name) for name in ("copy", "compute", "disk")}
         self._threads = [_Thread("main")]

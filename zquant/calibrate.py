@@ -33,10 +33,12 @@ from zquant.layers.linear import QuantLinear
 from zquant.memory.device import Device, probe
 from zquant.memory.needs import Limits
 from zquant.memory.plan_report import summary_line
+from zquant.memory.shortage import memory_that_runs_out
 from zquant.models.checkpoint import Checkpoint
 from zquant.models.dit import DiT
 from zquant.models.text_encoder import TextEncoder
-from zquant.painting import Painting, Progress, Studio, ram_that_runs_out
+from zquant.painting import Painting, Progress, Studio
+from zquant.phases import uncapped_after
 from zquant.prompts import Prompts
 from zquant.request import RunRequest
 from zquant.settings import Settings
@@ -107,7 +109,7 @@ def calibrate(
             prompts=Prompts(checkpoint, device, None),  # from a cache, nothing would be seen
             notices=[],
         )
-        with forbidden(device.paths.forbidden), ram_that_runs_out():
+        with forbidden(device.paths.forbidden), memory_that_runs_out(), uncapped_after(device):
             settings = [Settings.of(request, checkpoint) for request in calibration.requests]
             run = Painting(studio, settings, progress)
             announce(summary_line(run.plan, checkpoint.n_blocks))

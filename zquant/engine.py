@@ -1,7 +1,7 @@
 """Prompt -> picture. Owns the life of the three networks, one at a time on the device.
 
-    engine = Engine.open("models/z-image-turbo-q4_k_m")
-    result = engine.generate(RunRequest(prompt="a red fox in the snow", seed=7))
+    with Engine.open("models/z-image-turbo-q4_k_m") as engine:
+        result = engine.generate(RunRequest(prompt="a red fox in the snow", seed=7))
 
 Opening reads headers only. A request is planned before anything is allocated; several requests run
 phase by phase: all prompts are encoded, then all pictures denoised, then all decoded. Every picture
@@ -22,6 +22,7 @@ from zquant.memory.forecast import Forecast
 from zquant.memory.needs import Limits
 from zquant.memory.plan import MemoryPlan
 from zquant.memory.plan_report import summary_line
+from zquant.memory.shortage import memory_that_runs_out
 from zquant.memory.sizes import model_sizes
 from zquant.models.checkpoint import Checkpoint, model_files
 from zquant.painting import (
@@ -30,8 +31,8 @@ from zquant.painting import (
     Progress,
     Studio,
     plan_of,
-    ram_that_runs_out,
 )
+from zquant.phases import uncapped_after
 from zquant.prompts import Prompts
 from zquant.request import RunRequest, RunResult
 from zquant.settings import Settings
@@ -64,6 +65,7 @@ class Engine:
     ) -> None:
         self.checkpoint, self.device = checkpoint, device
         self.prompts = Prompts(checkpoint, device, cache)
+        self._is_open = True
         self._studio = Studio(
             checkpoint=checkpoint,
             device=device,
@@ -107,8 +109,9 @@ class Engine:
             cache: embeddings of prompts on disk.
 
         Raises:
-            ZQuantError: a file or the device is not what it should be.
-            ValueError: no model is named, or a choice is unknown.
+            ZQuantError: a file or the device is not what it should be; a device of an unknown name
+                is a DeviceError.
+            ValueError: no model is named, or another choice is unknown.
         """
         given = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
         files = model_files(model, {k: Path(v) for k, v in given.items() if v}, variant)
@@ -131,27 +134,40 @@ class Engine:
         notices += checkpoint.notices
         return cls(checkpoint, chosen, notices, limits=limits, cache=cache)
 
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Close all files."""
+        """Close all files; the engine cannot be used any more."""
+        self._is_open = False
         self.checkpoint.close()
 
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise ValueError("the engine is closed; open another with Engine.open")
+
+    @memory_that_runs_out()
     def plan(self, request: RunRequest) -> MemoryPlan:
         """All memory of a request; nothing is done.
 
         Raises:
             PlanError: it does not fit; the message says what would.
+            ValueError: the engine is closed.
         """
+        self._check_open()
         return plan_of(self._studio, [Settings.of(request, self.checkpoint)])
 
-    def smallest(self, request: RunRequest) -> int | None:
-        """The smallest ceiling on the device, in bytes, within which the request fits; None: none.
+    def smallest(self, plan: MemoryPlan) -> int | None:
+        """The smallest ceiling on the device, in bytes, within which the planned picture fits.
 
-        The ceiling is of VRAM on a GPU, of RAM on a CPU.
+        The ceiling is of VRAM on a GPU, of RAM on a CPU; None if there is none. `plan` has what
+        was measured of the machine, so that nothing is measured again.
         """
-        settings = Settings.of(request, self.checkpoint)
-        longest = max(len(cut.ids) for cut in self.prompts.ids(settings.prompts).values())
-        forecast = Forecast(self.checkpoint, self.device)
-        return forecast.smallest(settings.picture(longest), self._studio.limits)
+        forecast = Forecast(self.checkpoint, self.device, plan.machine)
+        return forecast.smallest(plan.picture, self._studio.limits)
 
     @property
     def dit_bpw(self) -> float:
@@ -174,7 +190,7 @@ class Engine:
         Raises:
             PlanError: the request does not fit into the memory it may use.
             ZQuantError: numbers stopped being finite, or a file is damaged.
-            ValueError: `initial_latents` do not fit the request.
+            ValueError: `initial_latents` do not fit the request, or the engine is closed.
         """
         (result,) = self.generate_all([request], progress, announce)
         return result
@@ -198,9 +214,11 @@ class Engine:
         Raises:
             As `generate`.
         """
-        if self.device.is_cuda:
-            torch.cuda.reset_peak_memory_stats(self.device.torch_device)
-        with forbidden(self.device.paths.forbidden), ram_that_runs_out():
+        self._check_open()
+        device = self.device
+        if device.is_cuda:
+            torch.cuda.reset_peak_memory_stats(device.torch_device)
+        with forbidden(device.paths.forbidden), memory_that_runs_out(), uncapped_after(device):
             settings = [Settings.of(request, self.checkpoint) for request in requests]
             run = Painting(self._studio, settings, progress)
             announce(summary_line(run.plan, self.checkpoint.n_blocks))

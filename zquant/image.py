@@ -12,10 +12,12 @@ bomb costs nothing.
 Source: PNG specification (W3C), chunks tEXt and iTXt.
 """
 
+import itertools
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +34,7 @@ RECIPE_KEY = "zquant"
 MAX_RECIPE_BYTES = 2**20
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PIECE_BYTES = 2**20
+_NEEDS_OLD = os.name == "nt"  # whether a file that cannot be opened cannot be replaced either
 
 
 def to_image(pixels: npt.ArrayLike) -> Image.Image:
@@ -60,8 +63,22 @@ def check_target(path: str | os.PathLike[str]) -> None:
         ValueError: the name does not end in .png.
         FileNotFoundError: the folder does not exist.
         IsADirectoryError: a folder has this name.
+        OSError: the folder cannot be written, or the file that is there cannot be replaced.
     """
     path = Path(path)
+    _check_name(path)
+    part = _part_of(path)
+    try:
+        part.open("wb").close()
+        part.unlink()
+        if _NEEDS_OLD and path.exists():
+            path.open("r+b").close()
+    except OSError as error:
+        # the name that was asked for says more than that of the part
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _check_name(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise ValueError(f"'{path}' does not end in .png; pictures are saved as PNG")
     if path.is_dir():
@@ -82,24 +99,44 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], recipe: Mapping[s
 
     Raises:
         ValueError: the recipe is not JSON or longer than 1 MiB, or see `check_target`.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; where it only cannot be replaced, the picture lies
+            beside it, and the message says so.
     """
-    check_target(path)
+    path = Path(path)
+    _check_name(path)
     text = json.dumps(recipe, ensure_ascii=False, allow_nan=False)
     if len(text.encode()) > MAX_RECIPE_BYTES:
         raise ValueError(f"the recipe takes {len(text.encode())} bytes; at most {MAX_RECIPE_BYTES}")
     info = PngInfo()
     info.add_text("parameters", _parameters(recipe))  # tEXt if it is Latin-1, else iTXt
     info.add_itxt(RECIPE_KEY, text)
-    part = Path(f"{os.fspath(path)}.part")
+    part = _part_of(path)
     try:
         with part.open("wb") as file:
             image.save(file, format="PNG", pnginfo=info)
             file.flush()
             os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+    _publish(part, path)
+
+
+def _part_of(path: Path) -> Path:
+    """Where `path` is written first; another process with the same target has another."""
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
+def _publish(part: Path, path: Path) -> None:
+    """Give the finished picture its name, or a free one if that fails."""
+    try:
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    except OSError as error:
+        names = (path.with_name(f"{path.stem}-kept-{i}{path.suffix}") for i in itertools.count(1))
+        kept = part.rename(next(name for name in names if not name.exists()))
+        reason = f"cannot be replaced ({error.strerror}); the picture is in '{kept}'"
+        raise type(error)(error.errno, reason, os.fspath(path)) from error
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:

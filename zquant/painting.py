@@ -6,7 +6,6 @@ the rest is planned again with what is left and goes on from there.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -20,6 +19,7 @@ from zquant.memory.forecast import Forecast
 from zquant.memory.machine import keep_heap_small
 from zquant.memory.needs import Limits
 from zquant.memory.plan import MemoryPlan
+from zquant.memory.shortage import lost_vram
 from zquant.models.checkpoint import Checkpoint
 from zquant.phases import Job, Phases, Picture
 from zquant.prompts import Prompts
@@ -27,11 +27,10 @@ from zquant.request import RunResult
 from zquant.settings import Settings
 from zquant.units import format_bytes
 
-__all__ = ["Journal", "Painting", "Progress", "Studio", "plan_of", "ram_that_runs_out"]
+__all__ = ["Journal", "Painting", "Progress", "Studio", "plan_of"]
 
 Progress = Callable[[str, int, int], None]  # phase, done, total
 T = TypeVar("T")
-NO_RAM = "can't allocate memory"  # in the message of torch's allocator for CPUs
 SMALLER = 0.9  # of the budget within which memory ran out
 
 
@@ -130,6 +129,8 @@ class Painting:
         for job, settings in zip(self.jobs, self.requests, strict=True):
             job.embeds.extend(embeds[prompt] for prompt in settings.prompts)
         self.cuts = {prompt: cut.notice for prompt, cut in wanted.items()}
+        if trouble := prompts.trouble():
+            self.notices.append(trouble)
         self.timings["text_encoder"] = time.perf_counter() - started
 
     def denoise(self, journal: Journal | None) -> None:
@@ -183,7 +184,9 @@ class Painting:
                 done += 1
                 self.progress("vae", done, total)
             if i == len(self.requests) - 1:
-                assert next(pixels, None) is None  # the network is gone when the last is handed out
+                # the network is gone when the last is handed out
+                after = next(pixels, None)
+                assert after is None
             self.timings["vae"] = time.perf_counter() - started
             yield self._result(i, images)
 
@@ -195,12 +198,13 @@ class Painting:
                 done += 1
                 yield picture
             return
-        except torch.OutOfMemoryError as error:
-            self._plan_again(error)
+        except RuntimeError as error:
+            said = _said(error)
+        self._plan_again(said)
         try:
             yield from self.phases.decode(latents[done:])
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory(error) from error
+        except RuntimeError as error:
+            raise _out_of_memory(_said(error)) from error
 
     def _result(self, i: int, images: list[Any]) -> RunResult:
         studio, settings, phases = self.studio, self.requests[i], self.phases
@@ -230,15 +234,19 @@ class Painting:
         """`work(phases)`; where others take memory meanwhile, once more with what is left."""
         try:
             return work(self.phases)
-        except torch.OutOfMemoryError as error:
-            self._plan_again(error)
+        except RuntimeError as error:
+            said = _said(error)
+        self._plan_again(said)
         try:
             return work(self.phases)
-        except torch.OutOfMemoryError as error:
-            raise _out_of_memory(error) from error
+        except RuntimeError as error:
+            raise _out_of_memory(_said(error)) from error
 
-    def _plan_again(self, error: torch.OutOfMemoryError) -> None:
-        """Go on with a smaller plan: finished steps are in `jobs`, and stay."""
+    def _plan_again(self, said: str) -> None:
+        """Go on with a smaller plan: finished steps are in `jobs`, and stay.
+
+        Only outside of a handler: the error holds the frames of the attempt, and they its memory.
+        """
         old = self.plan.budget_bytes
         # not more than is free now, and less than before, or the same would happen again
         limits = Limits(budget_bytes=int(SMALLER * old), ram_bytes=self.studio.limits.ram_bytes)
@@ -246,30 +254,19 @@ class Painting:
         self.phases = Phases(self.studio.checkpoint, self.studio.device, self.plan, self.phases)
         self.notices.append(
             f"memory ran out within the budget of {format_bytes(old)}, probably taken by another "
-            f"program; planned again with {format_bytes(self.plan.budget_bytes)} ({_short(error)})"
+            f"program; planned again with {format_bytes(self.plan.budget_bytes)} ({said})"
         )
 
 
-def _out_of_memory(error: torch.OutOfMemoryError) -> PlanError:
+def _said(error: RuntimeError) -> str:
+    """What is said where VRAM ran out; any other error is raised again."""
+    if not (said := lost_vram(error)):
+        raise error
+    return said
+
+
+def _out_of_memory(said: str) -> PlanError:
     return PlanError(
-        f"memory ran out twice ({_short(error)}). Another program takes it while zquant runs: "
+        f"memory ran out twice ({said}). Another program takes it while zquant runs: "
         f"close it, or use a smaller --budget."
     )
-
-
-@contextmanager
-def ram_that_runs_out() -> Iterator[None]:
-    """What libraries raise without RAM, as an error with a remedy."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and NO_RAM not in str(error):
-            raise
-        raise PlanError(
-            f"RAM ran out ({_short(error)}). Close other programs, or use a smaller --max-ram, "
-            f"which streams more from the file."
-        ) from error
-
-
-def _short(error: BaseException) -> str:
-    return str(error).split("\n")[0][:200]

@@ -18,8 +18,9 @@ from torch import Tensor
 from zquant import sampling
 from zquant.errors import ZQuantError
 from zquant.memory.device import Device, peak_host_bytes
+from zquant.memory.driver import process_vram_bytes
 from zquant.memory.lanes import CudaLanes, HostLanes, Lanes
-from zquant.memory.machine import process_vram_bytes, trim_heap
+from zquant.memory.machine import trim_heap
 from zquant.memory.plan import MemoryPlan, NetworkPlan, margin
 from zquant.memory.residency import Residency
 from zquant.memory.stream import StreamReport
@@ -31,7 +32,7 @@ from zquant.models.vae_stripes import decode_striped
 from zquant.units import format_bytes
 from zquant.velocity import Guidance, Velocity, check_finite, not_finite
 
-__all__ = ["Job", "Phases", "Picture"]
+__all__ = ["Job", "Phases", "Picture", "uncapped_after"]
 
 T = TypeVar("T")
 WORKSPACES = 64 * 2**20  # of cuBLAS and cuDNN
@@ -83,8 +84,9 @@ class Phases:
         self.checkpoint, self.device, self.plan = checkpoint, device, plan
         self.redone: list[str] = before.redone if before else []
         self.notices: list[str] = before.notices if before else []
-        self.reports: dict[str, StreamReport] = {}
+        self.reports: dict[str, StreamReport] = before.reports if before else {}
         self.growth: int | None = None
+        self._told_of_spilling = False
         if device.is_cuda:
             _, total = torch.cuda.mem_get_info(device.torch_device)
             # libraries take some of what the plan has for them from torch's allocator
@@ -266,7 +268,8 @@ class Phases:
     def _watch_spilling(self) -> None:
         """Windows moves what does not fit to RAM, without an error and many times slower."""
         free, _ = torch.cuda.mem_get_info(self.device.torch_device)
-        if os.name == "nt" and free < FULL_BYTES:
+        if os.name == "nt" and free < FULL_BYTES and not self._told_of_spilling:
+            self._told_of_spilling = True
             self.notices.append(
                 f"only {format_bytes(free)} of VRAM are free, so Windows may keep some of it in "
                 f"RAM, which is many times slower. Close other programs or use a smaller --budget."
@@ -277,6 +280,16 @@ class Phases:
         trim_heap()
         if self.device.is_cuda:
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def uncapped_after(device: Device) -> Iterator[None]:
+    """Torch's allocator may take the whole device again after this, whatever phases set."""
+    try:
+        yield
+    finally:
+        if device.is_cuda:
+            torch.cuda.set_per_process_memory_fraction(1.0, device.torch_device)
 
 
 def _claim_workspace(device: Device) -> None:

@@ -29,6 +29,7 @@ class Prompts:
     def __init__(self, checkpoint: Checkpoint, device: Device, cache: EmbedCache | None) -> None:
         self._checkpoint, self._cache = checkpoint, cache
         self._compute = f"{device.compute_dtype} {device.name} {device.paths.families[0].path}"
+        self._told = ""  # of the cache's troubles
         self._tokenizer: Tokenizer | None = None
         self._ids: OrderedDict[str, PromptIds] = OrderedDict()
         self._embeds: OrderedDict[str, Tensor] = OrderedDict()
@@ -50,6 +51,7 @@ class Prompts:
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._ids:
                 self._ids[prompt] = self._checked(prompt_ids(self.tokenizer, prompt))
+            self._ids.move_to_end(prompt)  # these are the last to go
             found[prompt] = self._ids[prompt]
         while len(self._ids) > max(KEPT, len(found)):
             self._ids.popitem(last=False)
@@ -70,10 +72,19 @@ class Prompts:
 
     def learn(self, prompts: Sequence[str], embeds: Sequence[Tensor]) -> None:
         """Keep what the text encoder made of the prompts."""
+        ids = self.ids(prompts)
         for prompt, each in zip(prompts, embeds, strict=True):
             self._keep(prompt, each)
             if self._cache is not None:
-                self._cache.put(self._key(self._ids[prompt]), each)
+                self._cache.put(self._key(ids[prompt]), each)
+
+    def trouble(self) -> str:
+        """Why the cache on disk does not do its work, said once; empty if it does."""
+        reason = self._cache.reason if self._cache is not None else ""
+        if reason == self._told:
+            return ""
+        self._told = reason
+        return f"embeddings of prompts on disk: {reason}"
 
     def _keep(self, prompt: str, embeds: Tensor) -> None:
         self._embeds[prompt] = embeds

@@ -57,7 +57,8 @@ class RunRequest:
             True is 1.
         cfg_truncation: guidance is off in steps whose tau (1 - sigma) exceeds it.
         shift: of the sigma schedule.
-        initial_latents: float32 `[count, C, H / 8, W / 8]` instead of seeded noise.
+        initial_latents: float32 `[count, C, H / 8, W / 8]` instead of seeded noise; `==` does not
+            compare them.
         keep_latents: keep the latents after every step.
 
     Raises:
@@ -75,7 +76,7 @@ class RunRequest:
     cfg_normalization: float = 0.0
     cfg_truncation: float = 1.0
     shift: float | None = None
-    initial_latents: Tensor | None = None
+    initial_latents: Tensor | None = field(default=None, compare=False)
     keep_latents: bool = False
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ __all__ = ["COMPILE_CASES", "dequant_int8", "kernel", "reference", "row_scales"]
 
 ROWS = 16  # rows per program
 SPAN = 256  # columns per program
+PART = 4096  # columns of a row whose scale is found at a time; no larger tile is compiled
 SLAB_WEIGHTS = 1 << 22  # as float32 at a time, where a whole weight would take too much memory
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 COMPILE_CASES: list[CompileCase] = []
@@ -158,17 +159,27 @@ def dequant_int8(
 
 
 def row_scales(packed: torch.Tensor, qtype: str, group: int) -> torch.Tensor:
-    """The int8 scale of every row; arguments and errors as `dequant_int8`, K at most 16384.
+    """The int8 scale of every row; arguments and errors as `dequant_int8`.
+
+    A row is looked at in parts of whole groups, the largest of whose scales is its own.
 
     Returns:
         float32 `[N]` on the device of `packed`, at least TINY / 127.
     """
     _, shape = _check("row_scales", packed, qtype, group)
     scales = torch.empty(shape[0], dtype=torch.float32, device=packed.device)
+    n_parts = _parts(shape[1], group or CHUNK)
     for rows in _slabs(shape):
         weights = dequantize(packed[rows], qtype, torch.float32)
-        _, scales[rows] = quantize_tokens(weights, group=group)
+        _, found = quantize_tokens(weights.view(-1, shape[1] // n_parts), group=group)
+        torch.amax(found.view(-1, n_parts), dim=1, out=scales[rows])
     return scales
+
+
+def _parts(k: int, unit: int) -> int:
+    """Into how many equal parts of whole units, of at most PART columns, a row of `k` divides."""
+    n_units = k // unit
+    return next(n for n in range(1, n_units + 1) if n_units % n == 0 and k <= n * PART)
 
 
 def _check(who: str, packed: torch.Tensor, qtype: str, group: int) -> tuple[Source, torch.Size]:

@@ -6,6 +6,7 @@ instead. The reason is a sentence for people.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -33,6 +34,8 @@ __all__ = [
 
 MIN_CAPABILITY = (7, 5)
 MIN_TRITON = (3, 6)  # the oldest that the compile tests run
+# small Turing chips under all their names; a Tesla T4 has them
+NO_TENSOR_CORES = re.compile(r"GTX 16|\bT(400|500|600|1000|1200|2000)\b|MX[45]50")
 
 _forbidden: ContextVar[str] = ContextVar("forbidden", default="")
 
@@ -125,8 +128,11 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def has_tensor_cores(device: torch.device) -> bool:
-    """Whether a CUDA device multiplies matrices; of compute capability 7.5 the GTX 16 does not."""
-    return capability(device) >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name(device)
+    """Whether a CUDA device multiplies matrices; of compute capability 7.5 not all do."""
+    found = capability(device)
+    if found != (7, 5):
+        return found >= (7, 0)
+    return NO_TENSOR_CORES.search(torch.cuda.get_device_name(device)) is None
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:

@@ -15,12 +15,14 @@ import torch
 
 import zquant
 from tests.oracle.conftest import load_pipeline, paint, paint_ours, relative_l2
+from zquant.memory.machine import ram_available
 
 pytestmark = pytest.mark.oracle
 
 # float32 on both sides; longer sums than in the tiny model
 SAME = 1e-5
 FREE_BYTES = 4e9
+FREE_RAM_BYTES = 7e9
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,8 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("wide")
     if shutil.disk_usage(folder).free < FREE_BYTES:
         pytest.skip("needs 4 GB of free disk for a checkpoint of true widths")
+    if ram_available() < FREE_RAM_BYTES:
+        pytest.skip("needs 7 GB of free RAM for a checkpoint of true widths")
     yield make_checkpoint(folder, Spec(preset="wide", layers=1))
     shutil.rmtree(folder)
 

@@ -13,6 +13,7 @@ with pytest.MonkeyPatch.context() as patch:  # its neighbours are on the path fo
     patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     peers: Any = importlib.import_module("peers")
 workers: Any = sys.modules["peer_workers"]
+peer_floor: Any = sys.modules["peer_floor"]
 sdcpp: Any = sys.modules["sdcpp"]
 MODEL = Path(zquant.__file__).parent / "demo"  # its DiT is a GGUF file
 

@@ -44,7 +44,11 @@ part = json.load(open(PARTS)).get(budget if given["--steps"] != "1" else "before
 print("plan: some of it", file=sys.stderr, flush=True)
 shutil.copy(part["saves"], part["saves"] + ".saved") if "saves" in part else None
 held = b"x" * part.get("holds", 0)
-time.sleep(part.get("sleeps", 0.1))
+here = os.path.join(os.path.dirname(PARTS), str(os.getpid()))
+open(here + ".here", "w").close()
+end = time.time() + part.get("sleeps", 60)
+while not os.path.exists(here + ".seen") and time.time() < end:
+    time.sleep(0.005)
 if "dies" in part:
     sys.exit(part["dies"])
 shutil.copy(part.get("latents", LATENTS), given["--save-latents"])
@@ -95,6 +99,16 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str,
         return started(words)
 
     monkeypatch.setattr(runs, "_started", prepared)
+    look = watch.Watch._sample
+
+    def sample(self: Any, pid: int) -> None:
+        """The process waits for a look that began when it held what it holds."""
+        waits = (tmp_path / f"{pid}.here").exists()
+        look(self, pid)
+        if waits:
+            (tmp_path / f"{pid}.seen").touch()
+
+    monkeypatch.setattr(watch.Watch, "_sample", sample)
     return known
 
 

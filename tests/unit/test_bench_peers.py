@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.unit.peers_testing import MODEL, job_in, peers, workers
+from tests.unit.peers_testing import MODEL, job_in, peer_floor, peers, workers
 
 GIB = 2**30
 N_WEIGHTS = {"dit": 6_154_908_736, "text_encoder": 4_022_468_096, "vae": 83_819_683}  # Z-Image
@@ -124,14 +124,27 @@ def test_the_floor_is_a_step_at_the_best_rate(monkeypatch: pytest.MonkeyPatch) -
         flop = 2 * 96 * 64 * 170
         return flop / (2e9 if x.dtype == torch.float32 else 1e9)
 
-    monkeypatch.setattr(peers, "_product_s", product_s)
+    monkeypatch.setattr(peer_floor, "_product_s", product_s)
     small: Any = {"dim": 64, "hidden_dim": 170, "n_layers": 3, "n_refiner_layers": 1}
-    found = peers.ceiling(SimpleNamespace(**small), 112, "cpu")  # 49 patches, padded to 64
+    found = peer_floor.ceiling(SimpleNamespace(**small), 112, "cpu")  # 49 patches, padded to 64
     block = 4 * 64 * 64 + 3 * 64 * 170
     flop = 3 * (2 * block * 96 + 4 * 64 * 96**2) + 2 * block * 64 + 4 * 64 * 64**2
     assert found["gflop_s"] == {"float32": 2.0, "bfloat16": 1.0}
     assert math.isclose(found["tflop"], flop / 1e12)
     assert math.isclose(found["floor_s"], flop / 2e9)
+
+
+def test_a_floor_only_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    dit: Any = SimpleNamespace(dim=64, hidden_dim=170, n_layers=3, n_refiner_layers=1)
+    seconds = {torch.float32: 2.0, torch.bfloat16: 4.0}
+    monkeypatch.setattr(peer_floor, "_product_s", lambda x, _: seconds[x.dtype])
+    first = peer_floor.ceiling(dit, 112, "cpu")
+    seconds |= {torch.float32: 3.0, torch.bfloat16: 1.0}  # float32 disturbed, bfloat16 not
+    later = peer_floor.lowered(first, dit, "cpu")
+    assert later["floor_s"] == first["floor_s"] / 2
+    assert later["gflop_s"]["float32"] == first["gflop_s"]["float32"]
+    seconds[torch.bfloat16] = 9.0
+    assert peer_floor.lowered(later, dit, "cpu") == later
 
 
 def test_steps_are_those_after_the_first(job: Any) -> None:
@@ -256,7 +269,7 @@ def play(
         return code, json.loads(printed.splitlines()[-1]) | {"jobs": jobs}, printed
 
     monkeypatch.setattr(peers, "measured", measured)
-    monkeypatch.setattr(peers, "_product_s", lambda *_: 1e-3)
+    monkeypatch.setattr(peer_floor, "_product_s", lambda *_: 1e-3)
     return go
 
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 import zquant
-from tests.unit.engine_testing import count_calls, paint, phases_of
+from tests.unit.engine_testing import count_calls, paint, phases_of, request
 from zquant import sampling
 from zquant.errors import CheckpointError, DeviceError, ZQuantError
 from zquant.formats.names import Part
+from zquant.memory import forecast
+from zquant.memory.needs import Machine
 
 
 @pytest.fixture
@@ -190,6 +192,7 @@ def test_a_network_is_gone_before_the_next_phase(
     assert list(alive) == ["text_encoder", "dit", "vae"]
 
 
+MACHINE = Machine(is_gpu=False, device_bytes=2**34, outside=0, ram_bytes=2**34, ram_held=0)
 LATENTS = {
     "size": (
         torch.zeros(1, 16, 4, 4),
@@ -355,6 +358,26 @@ def test_single_files_tell_what_is_assumed(toy_folder: Path) -> None:
     engine = zquant.Engine.open(**files, **machine, variant="turbo")
     assert paint(engine).notices == []
     engine.close()
+
+
+def test_an_engine_is_closed_by_its_context_and_says_so(toy_folder: Path) -> None:
+    with zquant.Engine.open(toy_folder, device="cpu", compute_dtype="float32") as engine:
+        assert len(paint(engine, steps=1).images) == 1
+    for use in (paint, lambda engine: engine.plan(request())):
+        with pytest.raises(ValueError, match=r"the engine is closed; open another with Engine\.op"):
+            use(engine)
+    engine.close()
+
+
+def test_a_plan_and_its_smallest_ceiling_measure_the_machine_once(
+    toy_engine: zquant.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    monkeypatch.setattr(forecast, "machine_of", lambda *_: measured.append(1) or MACHINE)
+    smallest = toy_engine.smallest(toy_engine.plan(request()))
+    assert smallest is not None
+    assert smallest < MACHINE.device_bytes
+    assert len(measured) == 1
 
 
 def test_an_unknown_device_is_found_before_the_files(tmp_path: Path, toy_folder: Path) -> None:

@@ -1,7 +1,9 @@
 """Requests together, memory that runs out, work that is taken up again, embeddings on disk."""
 
 import itertools
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from zquant.memory.needs import Limits
 from zquant.models.dit import DiT
 from zquant.models.text_encoder import TextEncoder
 from zquant.models.vae import VAE
+from zquant.painting import Painting
+from zquant.phases import Phases
 
 
 @pytest.fixture
@@ -48,6 +52,31 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: set[i
         return real(*args)
 
     monkeypatch.setattr(owner, name, failing)
+
+
+def test_the_second_plan_is_made_when_the_first_attempt_is_gone(
+    engine: zquant.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+    velocity, plan_again = DiT.velocity, Painting._plan_again
+
+    def failing(*args: Any) -> Any:
+        if held:
+            return velocity(*args)
+        tensor = torch.ones(8)  # as activations and weights are: by a frame of the traceback
+        held.append(weakref.ref(tensor))
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    def planning(painting: Painting, said: str) -> None:
+        alive.append(held[0]() is not None)
+        plan_again(painting, said)
+
+    monkeypatch.setattr(DiT, "velocity", failing)
+    monkeypatch.setattr(Painting, "_plan_again", planning)
+    result = paint(engine)
+    assert alive == [False]
+    assert any("(Triton Error [CUDA]: out of memory)" in notice for notice in result.notices)
 
 
 @pytest.mark.parametrize("owner", ["TextEncoder.forward", "DiT.velocity", "VAE.decode_latents"])
@@ -161,6 +190,44 @@ def test_embeddings_come_from_disk(toy_folder: Path, tmp_path: Path) -> None:
         each.close()
 
 
+def test_a_cache_that_cannot_be_written_is_told_once(toy_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cache = EmbedCache(tmp_path / "file" / "cache", max_bytes=2**20)
+    machine = {"device": "cpu", "compute_dtype": "float32"}
+    with zquant.Engine.open(toy_folder, **machine, cache=cache) as engine:
+        (notice,) = paint(engine).notices
+        assert notice.startswith("embeddings of prompts on disk: ")
+        assert "cannot be written (Not a directory)" in notice
+        assert paint(engine, "another").notices == []
+
+
+def test_a_gpu_that_is_full_when_painting_begins_is_one_message(
+    engine: zquant.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, Phases, "__init__", {1})
+    with pytest.raises(PlanError, match=r"VRAM ran out \(CUDA.*Close programs that use the GPU"):
+        paint(engine)
+
+
+def test_a_run_that_fails_lifts_the_cap_of_torch(
+    engine: zquant.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifted = []
+
+    @contextmanager
+    def seen(device: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            lifted.append(device)
+
+    monkeypatch.setattr("zquant.engine.uncapped_after", seen)
+    fail_at(monkeypatch, DiT, "velocity", {1, 2})
+    with pytest.raises(PlanError, match="memory ran out twice"):
+        paint(engine)
+    assert lifted == [engine.device]
+
+
 def test_a_plan_is_announced_and_reported(toy_engine: zquant.Engine) -> None:
     said: list[str] = []
     result = toy_engine.generate(request(), announce=said.append)
@@ -189,8 +256,12 @@ def test_a_ceiling_that_is_too_low_is_refused_before_any_work(toy_folder: Path) 
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError("for numpy"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 bytes")],
-    ids=["numpy", "torch"],
+    [
+        MemoryError("for numpy"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 bytes"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: 5 bytes"),
+    ],
+    ids=["numpy", "Linux", "Windows"],
 )
 def test_ram_that_runs_out_is_an_error_with_a_remedy(
     engine: zquant.Engine, monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -70,7 +70,7 @@ def test_a_rehearsal_runs_the_stages_without_a_model(
     assert set(timed["block"]) == {"torch references, bf16"}
     assert all(d["command"] and d["rehearsed"] for d in found.values())
     # of the processor: how long it takes says more about a busy machine
-    assert end.ru_utime - start.ru_utime < 40
+    assert end.ru_utime - start.ru_utime < 120
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in lines] == list(CHEAP)
     assert list(tmp_path.glob("*.part")) == []
@@ -189,7 +189,7 @@ def test_a_command_that_hangs_is_stopped_with_its_children(
         done = run.python("-c", code)  # ends only when the child, who has its stdout, does
         raise Failed(done.trouble, done.stdout)
 
-    monkeypatch.setattr(gpu_session, "LIMIT_S", 1.0)
+    monkeypatch.setattr(gpu_session, "LIMIT_S", 5.0)
     stages["slow"] = hang
     assert session(tmp_path) == 1
     document = documents(tmp_path)["slow"]

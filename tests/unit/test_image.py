@@ -1,5 +1,7 @@
+import errno
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import zquant.image
 from zquant.errors import FormatError
 from zquant.image import MAX_RECIPE_BYTES, check_target, read_recipe, save_png, to_image
 
@@ -123,6 +126,61 @@ def test_target_must_be_a_png_in_a_folder_that_exists(tmp_path, image):
     with pytest.raises(ValueError, match=r"'.*a\.jpg' does not end in \.png"):
         check_target(tmp_path / "a.jpg")
     assert list(tmp_path.iterdir()) == []
+
+
+def fail_to_open(monkeypatch, ending, mode):
+    """Files whose names end so cannot be opened in this mode."""
+    real = Path.open
+
+    def refuse(self, *args, **options):
+        if self.name.endswith(ending) and args == (mode,):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(png, monkeypatch):
+    check_target(png)
+    assert [p.name for p in png.parent.iterdir()] == ["fox.png"]
+    fail_to_open(monkeypatch, ".part", "wb")
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*fox\.png'$"):
+        check_target(png)
+
+
+def test_a_picture_that_windows_will_not_replace_is_noticed_before_the_work(png, monkeypatch):
+    fail_to_open(monkeypatch, "fox.png", "r+b")
+    monkeypatch.setattr(zquant.image, "_NEEDS_OLD", False)
+    check_target(png)  # elsewhere it is replaced whoever has it open
+    monkeypatch.setattr(zquant.image, "_NEEDS_OLD", True)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*fox\.png'$"):
+        check_target(png)
+    check_target(png.with_name("new.png"))
+    assert [p.name for p in png.parent.iterdir()] == ["fox.png"]
+
+
+def test_a_picture_that_cannot_take_its_name_is_kept_under_another(png, image, monkeypatch):
+    def refuse(self, target):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    for i, seed in ((1, 7), (2, 8)):
+        kept = png.with_name(f"fox-kept-{i}.png")
+        message = rf"cannot be replaced \(Permission denied\); the picture is in '.*{kept.name}'"
+        with pytest.raises(PermissionError, match=message):
+            save_png(image, png, {"seed": seed})
+        assert read_recipe(kept) == {"seed": seed}
+    assert read_recipe(png) == RECIPE
+    assert len(list(png.parent.iterdir())) == 3
+
+
+def test_two_processes_write_different_parts_of_the_same_picture(png, image, monkeypatch):
+    seen = []
+    monkeypatch.setattr("os.fsync", lambda _: seen.extend(png.parent.glob("*.part")))
+    for process in (11, 12):
+        monkeypatch.setattr("os.getpid", lambda process=process: process)
+        save_png(image, png, {})
+    assert [part.name for part in seen] == ["fox.png.11.part", "fox.png.12.part"]
 
 
 def test_a_recipe_without_end_is_refused(tmp_path, image):

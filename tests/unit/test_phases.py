@@ -1,5 +1,6 @@
 """What phases ask of a GPU, with a GPU that is played."""
 
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from zquant import phases
 from zquant.memory.activations import Picture
 from zquant.memory.needs import Machine
 from zquant.memory.plan import MemoryPlan, NetworkPlan, Phase, VAEPlan
+from zquant.memory.stream import StreamReport
 from zquant.phases import Phases
 
 GIB, MIB = 2**30, 2**20
@@ -67,6 +69,27 @@ def test_libraries_take_their_workspace_before_anything_is_reserved(asked: dict[
 @pytest.mark.usefixtures("played")
 def test_torch_may_not_take_more_than_the_budget(asked: dict[str, Any]) -> None:
     assert asked["share"] * 12 * GIB == pytest.approx(4 * GIB - GIB // 2 + phases.WORKSPACES)
+
+
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_torch_may_take_the_whole_card_again_afterwards(
+    played: Phases, asked: dict[str, Any], error: type[Exception] | None
+) -> None:
+    assert asked["share"] < 1
+    with suppress(KeyError), phases.uncapped_after(played.device):
+        if error is not None:
+            raise error
+    assert asked["share"] == 1.0
+
+
+def test_what_is_planned_again_goes_on_with_what_was_reported(played: Phases) -> None:
+    played.reports["text_encoder"] = report = StreamReport(
+        bytes_read=1, bytes_copied=0, waited_s=0.0, pinned=False, reason=""
+    )
+    played.notices.append("said")
+    after = Phases(played.checkpoint, played.device, played.plan, played)
+    assert after.reports == {"text_encoder": report}
+    assert after.notices == ["said"]
 
 
 def test_allocations_after_the_first_step_are_counted(

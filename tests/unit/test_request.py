@@ -91,3 +91,11 @@ def test_a_size_is_one_edge_or_two(text: str, size: tuple[int, int]) -> None:
 def test_what_is_no_size_is_said(text: str) -> None:
     with pytest.raises(ValueError, match="is not pixels; write it like 512 or 1280x720"):
         parse_size(text)
+
+
+def test_requests_with_latents_are_compared_by_what_they_say() -> None:
+    latents = {"initial_latents": torch.zeros(1, 16, 128, 128)}
+    assert RunRequest(prompt="a", **latents) == RunRequest(prompt="a", **latents)
+    copied = {"initial_latents": latents["initial_latents"].clone()}
+    assert RunRequest(prompt="a", **latents) == RunRequest(prompt="a", **copied)
+    assert RunRequest(prompt="a", **latents) != RunRequest(prompt="b", **latents)

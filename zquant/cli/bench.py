@@ -137,12 +137,15 @@ def _seconds(args: argparse.Namespace) -> dict[str, float]:
 
 def _print(args: argparse.Namespace, document: dict[str, Any], text_of: Any) -> None:
     """The text for people, and the document in the last line; in the file it has many."""
-    if args.out is not None:
-        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        print(f"written: {args.out}", file=sys.stderr)
+    from zquant.formats.part_file import part_file
+
     if not args.json:
         print(text_of(document), end="\n\n")
-    print(json.dumps(document))
+    print(json.dumps(document), flush=True)  # first: the disk may be full
+    if args.out is not None:
+        with part_file(args.out) as file:
+            file.write(json.dumps(document, indent=1).encode() + b"\n")
+        print(f"written: {args.out}", file=sys.stderr)
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -87,7 +87,7 @@ def _report(args: argparse.Namespace, imatrix: Any, device: str, seconds: float)
             "device": device,
             "seconds": seconds,
         }
-        print(json.dumps(document, ensure_ascii=False))
+        print(json.dumps(document))
         return
     print(args.out)
     print(

@@ -59,11 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to quantize: auto, cpu, cuda or cuda:1; the bytes are the same",
     )
     parser.add_argument("--resume", action="store_true", help="finish an interrupted conversion")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what every tensor becomes, and stop"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
+    from zquant.convert.earlier import finished
     from zquant.convert.execute import convert
     from zquant.convert.summary import plan_rows, result_lines
     from zquant.formats.model_folder import demo_notice
@@ -72,14 +75,17 @@ def run(args: argparse.Namespace) -> int:
     if notice := demo_notice(request.source):
         print(f"note: {notice}", file=sys.stderr)
     plan = _plan(request, args)
+    if args.dry_run:
+        return _show(plan, args)
+    if args.resume and (manifest := finished(plan)) is not None:
+        print(f"{request.out}: complete; without --resume it is written anew", file=sys.stderr)
+        if args.json:
+            print(json.dumps(manifest))
+        return 0
     if args.json:
         print(plan.place.summary, file=sys.stderr)
     else:
         print("\n".join(plan_rows(plan)), flush=True)
-    if args.dry_run:
-        if args.json:
-            print(json.dumps({o.component: _tensors(o) for o in plan.outputs}))
-        return 0
     try:
         with closing(_Bar(plan.n_weights)) as bar:
             result = convert(plan, bar)
@@ -93,9 +99,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _show(plan: Any, args: argparse.Namespace) -> int:
+    """The plan with every tensor, and whether there is room for it."""
+    from zquant.convert.earlier import check_disk
+    from zquant.convert.summary import plan_rows, tensor_rows
+    from zquant.errors import PlanError
+
+    if args.json:
+        print(plan.place.summary, file=sys.stderr)
+        print(json.dumps({o.component: _tensors(o) for o in plan.outputs}))
+    else:
+        print("\n".join([*tensor_rows(plan), *plan_rows(plan)]))
+    try:
+        check_disk(plan)
+    except PlanError as error:
+        print(f"note: {error}", file=sys.stderr)
+    return 0
+
+
 def _plan(request: Any, args: argparse.Namespace) -> Any:
     """The plan; for a size after measuring, with a word about the result on stderr."""
     from zquant.cli.progress import PhaseBar
+    from zquant.convert.earlier import check_disk, check_parts
     from zquant.convert.plan import plan_conversion
     from zquant.convert.summary import size_rows
     from zquant.convert.target_size import plan_to_size
@@ -103,8 +128,14 @@ def _plan(request: Any, args: argparse.Namespace) -> Any:
 
     if args.target_size is None:
         return plan_conversion(request)
+
+    def check(least: Any) -> None:
+        if not args.dry_run:
+            check_disk(least)
+            check_parts(least)
+
     with closing(PhaseBar("matrix")) as bar:
-        sized = plan_to_size(request, parse_bytes(args.target_size), bar)
+        sized = plan_to_size(request, parse_bytes(args.target_size), bar, check)
     print("\n".join(size_rows(sized)), file=sys.stderr)
     return sized.plan
 
@@ -117,6 +148,11 @@ def _request(args: argparse.Namespace) -> Any:
     if len(args.paths) > 2:
         raise ValueError(
             f"convert takes SOURCE and OUT; got {len(args.paths)} paths: {' '.join(args.paths)}"
+        )
+    if len(args.paths) == 1 and not (args.dit and args.text_encoder and args.vae):
+        raise ValueError(
+            f"{args.paths[0]!r} was taken as OUT. Write: zquant convert SOURCE OUT; only with all "
+            f"of --dit, --text-encoder and --vae there is no SOURCE"
         )
     types = []
     for text in args.tensor_type:

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 import zquant
 from zquant import env
@@ -39,10 +40,13 @@ _REMEDIES = {
     errno.EACCES: "Check the permissions or choose another place.",
     errno.EROFS: "Choose a place that can be written.",
 }
+_NO_RAM = "Close other programs, or ask for less: a smaller --size or --max-ram, fewer --threads."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return the exit code."""
+    if sys.stdout is None:  # closed, or a window without a console
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 # until the end
     if hasattr(sys.stdout, "reconfigure"):  # a console that cannot show Chinese still gets text
         sys.stdout.reconfigure(errors="backslashreplace")
     args = _parsed(sys.argv[1:] if argv is None else argv)
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader of our output has left; a second flush at exit would complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except (ZQuantError, OSError, ValueError) as error:
+    except (ZQuantError, OSError, ValueError, MemoryError) as error:
         if isinstance(error, ValueError) and not _is_ours(error):
             raise
         if args.debug or env.DEBUG.is_on:
@@ -71,7 +75,9 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     if rest:
         paths = getattr(args, "paths", None)
         if paths is None or any(word.startswith("-") for word in rest):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            in_words = hasattr(args, "prompt") and not rest[0].startswith("-")
+            remedy = "; put the prompt in quotes" if in_words else ""
+            parser.error(f"unrecognized arguments: {' '.join(rest)}{remedy}")
         paths.extend(rest)
     return args
 
@@ -109,6 +115,8 @@ def _is_ours(error: ValueError) -> bool:
 
 def _message(error: Exception) -> str:
     """The error as one message; what the system says comes with the file and a remedy."""
+    if isinstance(error, MemoryError):
+        return f"RAM ran out. {_NO_RAM}"
     if not isinstance(error, OSError) or not error.strerror:
         return str(error) or type(error).__name__
     where = f"{error.filename}: " if error.filename else ""

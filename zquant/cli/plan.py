@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     request = RunRequest(prompt=prompt, count=args.count, **picture_fields(args))
     with closing(open_engine(args, {})) as engine:
         plan = engine.plan(request)
-        advice = recommendation(plan, engine.smallest(request), engine.dit_bpw)
+        advice = recommendation(plan, engine.smallest(plan), engine.dit_bpw)
     document = plan_document(plan, advice)
     print(json.dumps(document, indent=2) if args.json else plan_text(document))
     return 0

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import secrets
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from zquant.cli.run_request import (
 
 __all__ = ["add_arguments", "run"]
 
+OUT = Path("zquant.png")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="what to paint")
@@ -32,9 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     many.add_argument("--resume", action="store_true", help="go on with what was interrupted")
     add_model_arguments(parser.add_argument_group("model"))
     picture = parser.add_argument_group("picture (defaults: the model's own)")
-    picture.add_argument("--out", type=Path, default=Path("zquant.png"), metavar="FILE")
+    picture.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=f"PNG to write, replaced if it exists; default: {OUT}",
+    )
     add_picture_arguments(picture)
-    picture.add_argument("--seed", type=int, help="default: drawn, and shown at the end")
+    picture.add_argument(
+        "--seed", type=int, help="0 or more, below 2**63; default: drawn, and shown at the end"
+    )
     picture.add_argument("--negative-prompt", help="what to avoid, when guidance is on")
     picture.add_argument("--cfg-normalization", type=float, help="limit of the guided norm; 0: off")
     picture.add_argument("--cfg-truncation", type=float, help="no guidance where 1 - sigma exceeds")
@@ -54,12 +65,10 @@ def run(args: argparse.Namespace) -> int:
     if args.resume:
         raise ValueError("--resume goes on with a --prompt-file; give it too")
     request, recipe = request_of(args)
-    paths = output_paths(args.out, request.count)
-    _check_targets(args)
+    paths = output_paths(args.out or OUT, request.count)
+    _check_targets(args, paths)
 
     from zquant.cli.progress import PhaseBar
-    from zquant.formats.latents import save_latents
-    from zquant.image import save_png
 
     engine = open_engine(args, recipe)
     with closing(engine):
@@ -69,16 +78,47 @@ def run(args: argparse.Namespace) -> int:
         for notice in changed:
             print(f"note: {notice}", file=sys.stderr)
         with closing(PhaseBar()) as bar:
-            result = engine.generate(request, bar, bar.note)
-    for notice in result.notices:
+            results = _paint(args, engine, request, paths, bar)
+    notices = list(dict.fromkeys(notice for result in results for notice in result.notices))
+    for notice in notices:
         print(f"note: {notice}", file=sys.stderr)
-    result.notices.extend(changed)
-    for path, image, each in zip(paths, result.images, result.recipes, strict=True):
-        save_png(image, path, each)
-    if args.save_latents is not None and result.latents is not None:
-        save_latents(args.save_latents, result.latents[-1])
-    _report(args, paths, result)
+    _report(args, paths, results, [*notices, *changed])
     return 0
+
+
+def _paint(
+    args: argparse.Namespace, engine: Any, request: Any, paths: list[Path], bar: Any
+) -> list[Any]:
+    """A result per picture, each of which is saved as soon as it is decoded."""
+    from zquant.formats.latents import save_latents
+    from zquant.image import save_png
+
+    results: list[Any] = []
+    for result in engine.generate_all(singles(request), bar, bar.note):
+        path = paths[len(results)]
+        save_png(result.images[0], path, result.recipes[0])
+        result.images.clear()
+        if not args.json:
+            print(f"{path}  seed {result.seed}", flush=True)
+        results.append(result)
+    if args.save_latents is not None:
+        import torch
+
+        save_latents(args.save_latents, torch.cat([result.latents[-1] for result in results]))
+    return results
+
+
+def singles(request: Any) -> list[Any]:
+    """A request for each picture of `request`, all with a seed."""
+    seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+    given = request.initial_latents
+    latents: Any = [None] * request.count if given is None else given.split(1)
+    if len(latents) != request.count:
+        return [request]  # the engine refuses it, with the shapes
+    return [
+        replace(request, count=1, seed=seed + i, initial_latents=each)
+        for i, each in enumerate(latents)
+    ]
 
 
 def output_paths(out: Path, count: int) -> list[Path]:
@@ -88,36 +128,38 @@ def output_paths(out: Path, count: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(count)]
 
 
-def _check_targets(args: argparse.Namespace) -> None:
+def _check_targets(args: argparse.Namespace, paths: list[Path]) -> None:
     """What would keep the results from being written is said before the work."""
     from zquant.image import check_target
 
-    check_target(args.out)
+    for path in paths:
+        check_target(path)
     latents = args.save_latents
     if latents is not None and not latents.parent.is_dir():
         raise FileNotFoundError(f"folder '{latents.parent}' does not exist; create it first")
 
 
-def _report(args: argparse.Namespace, paths: list[Path], result: Any) -> None:
+def _report(
+    args: argparse.Namespace, paths: list[Path], results: list[Any], notices: list[str]
+) -> None:
     from zquant.memory.plan_report import measured_line
     from zquant.units import format_seconds
 
+    result = results[-1]  # its numbers are those of the whole run, but for the steps
+    seconds = {**result.timings, "steps": [s for each in results for s in each.timings["steps"]]}
     if args.json:
         document = {
             "images": [str(path) for path in paths],
-            "recipes": result.recipes,
-            "timings": result.timings,
+            "recipes": [each.recipes[0] for each in results],
+            "timings": seconds,
             "peak_host_bytes": result.peak_host_bytes,
             "peak_vram_bytes": result.peak_vram_bytes,
             "memory": result.memory,
             "latents": None if args.save_latents is None else str(args.save_latents),
-            "notices": result.notices,
+            "notices": notices,
         }
-        print(json.dumps(document, ensure_ascii=False))
+        print(json.dumps(document))
         return
-    for path, recipe in zip(paths, result.recipes, strict=True):
-        print(f"{path}  seed {recipe['seed']}")
-    seconds = result.timings
     steps = sorted(seconds["steps"])
     step_s = steps[len(steps) // 2]
     print(

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def run_batch(args: argparse.Namespace) -> int:
             todo = [i for i, item in enumerate(items) if not job.is_done(item)]
             print(f"{len(todo)} of {len(items)} pictures to paint", file=sys.stderr)
             if todo:
-                with closing(PhaseBar()) as bar:
+                with closing(PhaseBar()) as bar, _can_go_on(args.out):
                     results = engine.generate_all(
                         [requests[i][1] for i in todo], bar, bar.note, _Journal(job)
                     )
@@ -73,6 +73,16 @@ def run_batch(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _can_go_on(out: Path) -> Iterator[None]:
+    """Ctrl-C inside also says that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{out}: not complete; go on with --resume", file=sys.stderr)
+        raise
+
+
 def _check(args: argparse.Namespace) -> None:
     if args.prompt is not None:
         raise ValueError("a PROMPT and --prompt-file cannot both be given")
@@ -80,6 +90,8 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is for one picture; it cannot be used with --prompt-file")
+    if args.out is None:
+        raise ValueError("--prompt-file needs --out FOLDER for its pictures")
     if args.out.suffix.lower() == ".png":
         raise ValueError(f"--out '{args.out}' is a picture; with --prompt-file name a folder")
 
@@ -118,6 +130,6 @@ def _show(args: argparse.Namespace, path: Path, result: Any) -> None:
             "memory": result.memory,
             "notices": result.notices,
         }
-        print(json.dumps(document, ensure_ascii=False), flush=True)
+        print(json.dumps(document), flush=True)
     else:
         print(f"{path}  seed {result.recipes[0]['seed']}", flush=True)

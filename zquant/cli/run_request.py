@@ -67,7 +67,7 @@ def add_picture_arguments(parser: Any) -> None:
     parser.add_argument("--size", metavar="SIZE", help="pixels, e.g. 1024 or 1280x720")
     parser.add_argument("--width", type=int, help="pixels, a multiple of 16")
     parser.add_argument("--height", type=int, help="pixels, a multiple of 16")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, help="of denoising, from 1 to 1000")
     parser.add_argument("--count", type=int, default=1, help="pictures, with seeds that count up")
     parser.add_argument("--guidance-scale", type=float, help="diffusers' scale; 0 is off")
 
@@ -134,6 +134,11 @@ def request_of(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from zquant.formats.latents import load_latents
     from zquant.request import RunRequest
 
+    if args.seed is not None and args.seed < 0:
+        raise ValueError(
+            f"seed is {args.seed}; it must be from 0 to 2**63 - 1. "
+            f"Leave --seed out for a random one"
+        )
     recipe = _recipe(args.from_png) if args.from_png is not None else {}
     fields = {name: recipe[name] for name in FROM_RECIPE if name in recipe}
     fields |= picture_fields(args)

@@ -9,7 +9,6 @@ What was interrupted is resumed by `formats/resumable.py`.
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from zquant.convert.earlier import alone_in, check_disk, check_parts, drop_empty_parts
 from zquant.convert.fetch import fetched
 from zquant.convert.place import Place
 from zquant.convert.plan import ConversionPlan, Output
@@ -29,10 +29,8 @@ from zquant.convert.publish import manifest_of, publish
 from zquant.convert.receipts import measured_pairs
 from zquant.convert.slabs import in_order, slabs_of
 from zquant.convert.workers import cores, workers
-from zquant.errors import PlanError, ZQuantError
 from zquant.formats.resumable import ResumableFile, sha256_of
 from zquant.memory.device import peak_host_bytes
-from zquant.units import format_bytes
 
 __all__ = ["ConvertResult", "Progress", "convert"]
 
@@ -64,24 +62,25 @@ def convert(plan: ConversionPlan, progress: Progress = lambda *_: None) -> Conve
         PlanError: not enough disk (parts stay and can be resumed), or a weight is too large.
         CheckpointError: a weight is NaN or infinite.
         DeviceError: the GPU has no memory left.
-        ZQuantError: the folder cannot be written, or its parts are of another conversion.
+        ZQuantError: the folder cannot be written, another process converts into it, or what was
+            interrupted there would be lost or is another conversion.
     """
     start = time.perf_counter()
     folder = plan.request.out
-    _check_disk(plan)
-    _make_folder(folder)
-    for output in plan.outputs:
-        _drop_other_parts(output, resume=plan.request.resume)
+    check_disk(plan)
     files: list[ResumableFile] = []
     peaks: dict[int, int] = {}
-    try:
-        source_bytes, hashes = _write_all(plan, files, peaks, progress)
-    finally:
-        for file in files:
-            file.close()
-    manifest = manifest_of(plan, files, hashes)
-    own = peak_host_bytes()
-    publish(folder, files, manifest)
+    with alone_in(folder):
+        check_parts(plan)
+        drop_empty_parts(plan)
+        try:
+            source_bytes, hashes = _write_all(plan, files, peaks, progress)
+        finally:
+            for file in files:
+                file.close()
+        manifest = manifest_of(plan, files, hashes)
+        own = peak_host_bytes()
+        publish(folder, files, manifest)
     return ConvertResult(
         folder=folder,
         manifest=manifest,
@@ -167,49 +166,3 @@ def _errors(sums: npt.NDArray[np.float64], *, weighed: bool) -> dict[str, float]
     names = ("relative_rms_error", "weighted_rms_error")[: 1 + weighed]
     pairs = zip(names, sums.reshape(2, 2).tolist(), strict=False)
     return {name: math.sqrt(error / power) if power else 0.0 for name, (error, power) in pairs}
-
-
-def _drop_other_parts(output: Output, *, resume: bool) -> None:
-    """Remove what an interrupted run with another policy left of this component."""
-    own = output.path.with_name(output.path.name + ".part.journal")
-    for journal in output.path.parent.glob(f"{output.component}-*.gguf.part.journal"):
-        if journal == own:
-            continue
-        part = journal.with_suffix("")
-        if resume:
-            raise ZQuantError(
-                f"{part}: made with other options than {output.policy}; it cannot be resumed so. "
-                f"Run with the options of the interrupted run, or without --resume to start over."
-            )
-        part.unlink(missing_ok=True)
-        journal.unlink()
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ZQuantError(
-            f"{folder}: cannot be created ({error.strerror}). Choose a folder you may write to."
-        ) from error
-
-
-def _check_disk(plan: ConversionPlan) -> None:
-    """Room for every byte that is still to be written."""
-    have = sum(_present_bytes(output) for output in plan.outputs)
-    folder = plan.request.out.absolute()
-    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-    if free + have < plan.total_size:
-        raise PlanError(
-            f"{plan.request.out}: {format_bytes(plan.total_size - have)} are needed, "
-            f"{format_bytes(free)} are free. Free some space or choose another disk."
-        )
-
-
-def _present_bytes(output: Output) -> int:
-    """Bytes of the part, or of the file that a run killed while publishing has named already."""
-    part = output.path.with_name(output.path.name + ".part")
-    journal = part.with_name(part.name + ".journal")
-    if not part.exists() and journal.exists() and output.path.exists():
-        return output.path.stat().st_size
-    return part.stat().st_size if part.exists() else 0

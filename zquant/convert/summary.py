@@ -11,19 +11,31 @@ from zquant.formats.model_folder import typed
 from zquant.formats.remote_file import RemoteFile
 from zquant.units import format_bytes, format_count, format_seconds
 
-__all__ = ["plan_rows", "result_lines", "size_rows"]
+__all__ = ["plan_rows", "result_lines", "size_rows", "tensor_rows"]
 
 
-def plan_rows(plan: ConversionPlan) -> Iterator[str]:
-    """Every tensor with its qtype and bytes, a total for each file, the place, and the variant."""
+def tensor_rows(plan: ConversionPlan) -> Iterator[str]:
+    """Every tensor with its qtype and bytes, file by file."""
     for output in plan.outputs:
         width = max(len(t.name) for t in output.tensors)
         for t in output.tensors:
             yield f"{t.name:<{width}}  {t.qtype.name:<5} {format_bytes(t.nbytes):>11}"
+        yield ""
+
+
+def plan_rows(plan: ConversionPlan) -> Iterator[str]:
+    """A total for each file and for its qtypes, the place, and the variant."""
+    for output in plan.outputs:
         yield (
             f"= {output.path}: {format_count(output.n_weights)} weights, {output.bpw:.2f} bpw, "
-            f"{format_bytes(output.total_size)}\n"
+            f"{format_bytes(output.total_size)}"
         )
+        n_bytes: Counter[str] = Counter()
+        for t in output.tensors:
+            n_bytes[t.qtype.name] += t.nbytes
+        counts = Counter(t.qtype.name for t in output.tensors)
+        for qtype, n in n_bytes.most_common():
+            yield f"  {qtype:<5} {counts[qtype]:>4} tensors {format_bytes(n):>11}"
     yield from _importance_rows(plan)
     yield from _network_rows(plan)
     yield plan.place.summary

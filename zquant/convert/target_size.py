@@ -17,7 +17,7 @@ has the geometric means of the two, rounded: not the best for either, and far of
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from zquant.convert.allocate import Choices, Option, allocate, total_damage
@@ -71,7 +71,10 @@ def sensitivity(name: str, n_layers: int) -> float:
 
 
 def plan_to_size(
-    request: ConvertRequest, target_bytes: int, progress: MeasureProgress = lambda *_: None
+    request: ConvertRequest,
+    target_bytes: int,
+    progress: MeasureProgress = lambda *_: None,
+    check: Callable[[ConversionPlan], None] = lambda _: None,
 ) -> SizedPlan:
     """Measure the DiT's matrices and plan the best file of at most `target_bytes`.
 
@@ -79,6 +82,7 @@ def plan_to_size(
         request: its `qtype` is for the text encoder; it has no allocation for the DiT.
         target_bytes: of the DiT's file, header and all.
         progress: called as matrices are measured.
+        check: called before that, with the plan of the smallest file.
 
     Raises:
         PlanError: no file is that small.
@@ -96,6 +100,7 @@ def plan_to_size(
             f"every matrix in its smallest qtype it has {format_bytes(_size(least))}. Ask for "
             f"--target-size {_size(least)} or more."
         )
+    check(least)
     # the narrow plan has all importance there is: nothing in it is too wide to be weighed
     tensors = [t for t in _dit(least) if t.name in candidates]
     choices = _measured(tensors, candidates, request.threads, progress)

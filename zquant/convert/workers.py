@@ -10,6 +10,7 @@ searches, and all that a GPU quantizes. Bytes are the same either way.
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -28,6 +29,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 WORTH_PROCESSES = 2**28  # weights
+MAX_PROCESSES = 61 if sys.platform == "win32" else 2**10  # Windows waits for no more at a time
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def workers(count: int, n_locked: int) -> Iterator[Executor]:
     """A pool of `count` workers, each with one torch thread.
 
     Args:
-        count: how many.
+        count: how many; of processes there are at most 61 on Windows.
         n_locked: weights that threads would quantize one after the other.
 
     Raises:
@@ -89,6 +91,7 @@ def _pool(count: int, n_locked: int) -> Executor:
     if count == 1 or n_locked < WORTH_PROCESSES:
         return ThreadPoolExecutor(count)
     context = multiprocessing.get_context("spawn")
+    count = min(count, MAX_PROCESSES)
     return ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker)
 
 

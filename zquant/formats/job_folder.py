@@ -17,10 +17,10 @@ import json
 import os
 import re
 import struct
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,9 @@ import torch
 from torch import Tensor
 
 from zquant.errors import FormatError, PlanError, ZQuantError
+from zquant.formats.locked import take_lock, unlock
 from zquant.formats.part_file import part_file
 from zquant.formats.sealed import read_regular, seal, unseal
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 __all__ = ["JobFolder", "JobItem", "item_id"]
 
@@ -50,8 +46,6 @@ _DONE = re.compile(re.escape(DONE_FILE))
 _LATENTS = re.compile(r"[0-9a-f]{64}\.latents")
 _PART = re.compile(r"([0-9a-f]{64}\.latents|done\.jsonl)\.part")
 _STEPS = struct.Struct("<I")
-_LOCK_TRIES = 10  # each fails only if another process ends its job at that very moment
-_LOCKED_BYTE = 2**30  # Windows hides locked bytes from other processes, so not those of the text
 
 
 def item_id(recipe: Mapping[str, Any]) -> str:
@@ -101,7 +95,8 @@ class JobFolder:
             raise ZQuantError(f"folder '{out.absolute().parent}' does not exist; create it first")
         try:
             out.mkdir(exist_ok=True)
-            self._lock = _locked(self._folder)
+            make = partial(_make, self._folder)
+            self._lock = take_lock(self._folder / LOCK_FILE, "choose another --out", make)
             self._done = self._records()  # file name -> item id
             if not resume and (self._done or self._files(_LATENTS)):
                 raise ZQuantError(
@@ -205,7 +200,7 @@ class JobFolder:
         self._remove(_PART)
         self._remove(_DONE)  # last: without it the job would be done again
         lock, self._lock = self._lock, None
-        _let_go(lock, self._folder / LOCK_FILE)
+        unlock(lock, self._folder / LOCK_FILE)
         with suppress(OSError):  # somebody else's file is in it, or another process
             self._folder.rmdir()
 
@@ -275,62 +270,9 @@ def _append(path: Path, data: bytes) -> None:
         raise FormatError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
-def _locked(folder: Path) -> int:
-    """A handle that holds the lock of `folder`, which is made; the system frees it at our death."""
-    path = folder / LOCK_FILE
-    for _ in range(_LOCK_TRIES):
-        # not exist_ok, which fails if the folder is removed at that moment
-        with suppress(FileExistsError):
-            folder.mkdir()
-        if folder.is_symlink() or folder.is_file():
-            raise ZQuantError(f"{folder}: is a link or a file; expected a folder. Remove it.")
-        # another process that ends its job removes file and folder: then once more
-        with suppress(FileNotFoundError):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-            try:
-                if not _try_lock(handle):
-                    raise ZQuantError(
-                        f"{folder}: {_owner(handle)} works in this folder. Wait until it has "
-                        f"ended, or choose another --out."
-                    )
-                if os.path.samestat(os.fstat(handle), path.stat()):
-                    os.ftruncate(handle, 0)
-                    os.lseek(handle, 0, os.SEEK_SET)
-                    os.write(handle, b"%d\n" % os.getpid())
-                    return handle
-            except BaseException:
-                os.close(handle)
-                raise
-            os.close(handle)
-    raise ZQuantError(f"{folder}: other processes come and go in it. Choose another --out.")
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return False
-        raise
-    return True
-
-
-def _owner(handle: int) -> str:
-    """The process that holds the lock."""
-    os.lseek(handle, 0, os.SEEK_SET)
-    text = os.read(handle, 20).strip()
-    return f"process {int(text)}" if text.isdigit() else "another process"
-
-
-def _let_go(handle: int, path: Path) -> None:
-    """Remove the lock, while we hold it where that is possible."""
-    if sys.platform == "win32":
-        os.close(handle)
-    with suppress(OSError):
-        path.unlink()
-    if sys.platform != "win32":
-        os.close(handle)
+def _make(folder: Path) -> None:
+    # not exist_ok, which fails if the folder is removed at that moment
+    with suppress(FileExistsError):
+        folder.mkdir()
+    if folder.is_symlink() or folder.is_file():
+        raise ZQuantError(f"{folder}: is a link or a file; expected a folder. Remove it.")

@@ -203,7 +203,7 @@ def _converted(folder: Path) -> ModelFiles:
     if manifest.get("format") != MANIFEST_FORMAT:
         raise FormatError(
             f"{where}: format is {manifest.get('format')!r}; expected {MANIFEST_FORMAT!r}. "
-            f"Convert the model with this version of zquant."
+            f"{_other_format(manifest.get('format'))}"
         )
     dit, text_encoder, vae = (_named_file(folder, manifest, part) for part in COMPONENTS)
     return ModelFiles(
@@ -215,6 +215,15 @@ def _converted(folder: Path) -> ModelFiles:
         hint=_hint(where, manifest),
         manifest=manifest,
     )
+
+
+def _other_format(found: Any) -> str:
+    """What to do about a manifest of another format; their versions count up."""
+    family, _, ours = MANIFEST_FORMAT.rpartition("-")
+    match = re.fullmatch(rf"{family}-(\d{{1,9}})", str(found), re.ASCII)
+    if match and int(match[1]) > int(ours):
+        return "A newer zquant made it: upgrade this one."
+    return "Convert the model with this version of zquant."
 
 
 def _named_file(folder: Path, manifest: Mapping[str, Any], part: str) -> Path:

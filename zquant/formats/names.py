@@ -64,12 +64,15 @@ _MARKERS = {  # tensors without which a file is not the component, and their num
     "text_encoder": {"model.embed_tokens.weight": 2, "model.layers.0.self_attn.q_norm.weight": 1},
     "vae": {"decoder.conv_in.weight": 4, "decoder.mid_block.resnets.0.conv1.weight": 4},
 }
+_UNET = "Stable Diffusion or SDXL"
 _LOOKS_LIKE = (  # first match wins; the LoRA test is first because its names contain the others
     (re.compile(r"lora_|\.lora\.|lokr_|loha_|lycoris_"), "a LoRA"),
     (re.compile(r"control_layers\."), "a ControlNet"),
-    (re.compile(r"double_blocks\."), "FLUX"),
-    (re.compile(r"input_blocks\.|time_embed\."), "Stable Diffusion or SDXL"),
-    (re.compile(r"joint_blocks\."), "Stable Diffusion 3"),
+    (re.compile(r"double_blocks\.|single_transformer_blocks\."), "FLUX"),
+    (re.compile(r"transformer_blocks\.\d+\.(img|txt)_mod\."), "Qwen-Image"),
+    (re.compile(r"joint_blocks\.|transformer_blocks\.\d+\.norm1_context\."), "Stable Diffusion 3"),
+    # a VAE has such blocks in its encoder
+    (re.compile(r"input_blocks\.|time_embed\.|(?<!encoder\.)down_blocks\."), _UNET),
     (re.compile(r"layers\.0\.adaLN_modulation\.1\."), "Lumina-Image 2.0"),
     (re.compile(r"cap_embedder\.|layers\.\d+\.adaLN_modulation\.0\."), _TITLES["dit"]),
     (re.compile(r"embed_tokens\.|token_embd\.|self_attn\.|\bblk\.\d+\."), "a language model"),

@@ -34,7 +34,7 @@ MAX_FILE_BYTES = 2**26
 MAX_LINE_BYTES = 2**16
 MAX_PROMPTS = 10_000
 MAX_DIGITS = 40  # a seed has 19
-MAX_NAME_BYTES = 200  # file systems allow 255, and a number and .png.part are added
+MAX_NAME_BYTES = 200  # file systems allow 255; a number, .png and .PID.part are added
 
 _EXAMPLE = 'Write it like {"prompt": "a red fox", "seed": 7}.'
 _UNNAMEABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, line separators

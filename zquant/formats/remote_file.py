@@ -216,8 +216,8 @@ class RemoteFile:
 
     def _refuse_change(self, what: str) -> NoReturn:
         raise FormatError(
-            f"{self.name}: the file has changed on the server: {what}. Start again, without "
-            f"--resume."
+            f"{self.name}: the file has changed on the server: {what}. Start again; "
+            f"what was converted of the old file cannot be resumed."
         )
 
 

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from zquant.errors import PlanError, ZQuantError
 
-__all__ = ["ResumableFile", "sha256_of"]
+__all__ = ["ResumableFile", "bytes_kept", "sha256_of"]
 
 READ_BYTES = 2**18
 SEALED = "sealed"  # last line of the journal of a whole file
@@ -161,7 +161,7 @@ class ResumableFile:
         if lines[0][0] != fingerprint:
             raise ZQuantError(
                 f"{self.part}: made from another source, with other options or by another version; "
-                f"it cannot be resumed. Run without --resume to start over."
+                f"it cannot be resumed. To start anew, remove it and {self.journal.name}."
             )
         pieces = [(value, end) for value, end in lines[1:] if _is_piece(value)]
         sealed = lines[-1][0].get(SEALED) if isinstance(lines[-1][0], dict) else None
@@ -218,6 +218,22 @@ def sha256_of(path: Path) -> str:
         while data := file.read(READ_BYTES):
             digest.update(data)
     return digest.hexdigest()
+
+
+def bytes_kept(path: Path) -> int:
+    """How much of the file at `path` an interrupted run has written, by its journal.
+
+    0 where nothing could be resumed.
+    """
+    part = path.with_name(path.name + ".part")
+    values = [value for value, _ in _sound_lines(part.with_name(part.name + ".journal"))]
+    pieces = [value for value in values if _is_piece(value)]
+    # a sealed file without a part has its name already
+    is_published = bool(values) and isinstance(values[-1], dict) and SEALED in values[-1]
+    written = path if is_published and not part.exists() else part
+    if not pieces or not written.is_file():
+        return 0
+    return min(int(pieces[-1]["size"]), written.stat().st_size)
 
 
 def _cut(path: Path, size: int) -> BinaryIO:

@@ -7,6 +7,7 @@ that reads ranges over HTTP (`remote_file.py`).
 
 import mmap
 import os
+import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,10 @@ __all__ = [
 Bytes = npt.NDArray[np.uint8]
 
 READABLE = ", ".join(QTYPES)
+# Windows promises memory for a whole copy-on-write view, written to or not: a file that is larger
+# than free RAM and the paging file could not be opened
+ACCESS = mmap.ACCESS_READ if os.name == "nt" else mmap.ACCESS_COPY
+NOT_WRITABLE = "The given NumPy array is not writable"
 
 
 def quoted(text: object) -> str:
@@ -63,7 +68,9 @@ class ByteReader(Protocol):
 
 
 class LocalFile:
-    """A file on disk, mapped copy-on-write: views are writable arrays that never change the file.
+    """A file on disk, mapped. Nobody writes into views; on Windows they are read-only arrays.
+
+    Elsewhere they are copy-on-write: torch takes them without a word, and the file stays.
 
     Raises:
         FormatError: the file cannot be opened or is empty.
@@ -79,10 +86,13 @@ class LocalFile:
             self.stamp: list[str | int] = [Path(path).name, self.size, status.st_mtime_ns]
             if self.size == 0:
                 raise FormatError(f"{self.name}: the file is empty. Download or convert it again.")
-            self._map: mmap.mmap | None = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
+            self._map: mmap.mmap | None = mmap.mmap(self._fd, 0, access=ACCESS)
         except OSError as error:
             raise FormatError(f"{self.name}: cannot be opened ({error.strerror}).") from error
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        if not self._bytes.flags.writeable:
+            # torch's tensors cannot be read-only, and it says so once; ours are only read
+            warnings.filterwarnings("ignore", NOT_WRITABLE, UserWarning)
 
     def __reduce__(self) -> tuple[type["LocalFile"], tuple[str]]:
         """Another process gets the file by opening it."""
@@ -95,7 +105,7 @@ class LocalFile:
 
     def read_into(self, offset: int, out: Bytes) -> None:
         """Fill `out` without mapping pages, which costs several times the copy."""
-        if not hasattr(os, "preadv"):  # Windows
+        if not hasattr(os, "preadv"):
             out[:] = self.read(offset, len(out))
             return
         done = 0

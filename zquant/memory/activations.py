@@ -137,11 +137,17 @@ def _reference_steps(
 
 
 def text_encoder_bytes(
-    config: TextEncoderConfig, lengths: list[int], dtype: torch.dtype, device: torch.device
+    config: TextEncoderConfig,
+    lengths: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    kernels: bool,
 ) -> int:
     """Activations for prompts of so many tokens, whose streams are all alive.
 
-    A layer that overflows is computed in float32, so that must fit as well.
+    Without `kernels` decoding has temporaries of its own. A layer that overflows is computed in
+    float32, so that must fit as well.
     """
     t, e = max(lengths), 4
     streams = 4 * config.hidden_size * sum(lengths)
@@ -153,4 +159,4 @@ def text_encoder_bytes(
         for size in (*sizes, sizes[0][::-1])
         for way in (dtype, torch.float32)
     )
-    return streams + layer + scratch
+    return streams + layer + scratch + (0 if kernels else scratch_bytes(device))

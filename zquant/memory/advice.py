@@ -7,7 +7,6 @@ from zquant.errors import PlanError
 from zquant.memory.activations import Picture
 from zquant.memory.needs import Limits, Machine, Needs
 from zquant.memory.plan import MemoryPlan, ceilings, make_plan
-from zquant.units import format_bytes
 
 __all__ = ["plan_or_advise", "recommendation", "smallest_ceiling"]
 
@@ -41,11 +40,11 @@ def plan_or_advise(
         return make_plan(needs_of(picture), machine, limits)
     except PlanError as error:
         said = str(error)
-    advice = list(_advice(needs_of, picture, machine, limits))
+    advice = ", or ".join(_advice(needs_of, picture, machine, limits))
     if dit_bpw > COMPACT_BPW:
-        advice.append(f"convert the model with --qtype {COMPACT_QTYPE}")
-    remedy = f" Use {', or '.join(advice)}." if advice else ""
-    raise PlanError(f"{picture.width}x{picture.height}: {said}{remedy}")
+        advice += f", or convert the model with --qtype {COMPACT_QTYPE}"
+    remedy = f"{advice[:1].upper()}{advice[1:]}"
+    raise PlanError(f"{picture.width}x{picture.height}: {said} {remedy}.")
 
 
 def recommendation(plan: MemoryPlan, smallest: int | None, dit_bpw: float) -> dict[str, str]:
@@ -76,17 +75,17 @@ def recommendation(plan: MemoryPlan, smallest: int | None, dit_bpw: float) -> di
 def _advice(
     needs_of: Callable[[Picture], Needs], picture: Picture, machine: Machine, limits: Limits
 ) -> Iterator[str]:
+    """What to do instead, as clauses; the first is about memory."""
     _, ram = ceilings(machine, limits)
-    flag = "--budget" if machine.is_gpu else "--max-ram"
     needs = needs_of(picture)
     least = smallest_ceiling(needs, machine, ram)
     if least is not None:
-        short = least > machine.device_bytes
-        free = f" (only {format_bytes(machine.device_bytes)} are free)" if short else ""
-        yield f"{flag} {least / 2**30:.2f}GiB{free}"
-    elif machine.is_gpu:
-        least = smallest_ceiling(needs, machine, None)
-        yield "a larger --max-ram" if least is not None else "a machine with more memory"
+        yield _room_for(least, machine, limits)
+    elif machine.is_gpu and smallest_ceiling(needs, machine, None) is not None:
+        asked = limits.ram_bytes is not None
+        yield "use a larger --max-ram" if asked else "close programs that use RAM"
+    else:
+        yield "use a machine with more memory"
     for edge in SQUARES:
         if edge * edge >= picture.width * picture.height:
             continue
@@ -94,8 +93,20 @@ def _advice(
             make_plan(needs_of(replace(picture, width=edge, height=edge)), machine, limits)
         except PlanError:
             continue
-        yield f"at most {edge}x{edge}"
+        yield f"use at most {edge}x{edge}"
         return
+
+
+def _room_for(least: int, machine: Machine, limits: Limits) -> str:
+    """How to get `least` bytes on the device: a ceiling beyond what is free would give no more."""
+    gpu = machine.is_gpu
+    flag = f"{'--budget' if gpu else '--max-ram'} {least / 2**30:.2f}GiB"
+    if least <= machine.device_bytes:
+        return f"use {flag}"
+    asked = limits.budget_bytes if gpu else limits.ram_bytes
+    where = "the GPU" if gpu else "RAM"
+    closed = f"close programs that use {where} until {least / 2**30:.2f} GiB are free"
+    return closed if asked is None or asked >= least else f"{closed} and use {flag}"
 
 
 def smallest_ceiling(needs: Needs, machine: Machine, ram_bytes: int | None) -> int | None:

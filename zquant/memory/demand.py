@@ -69,7 +69,8 @@ def _text_encoder(
 ) -> NetworkNeeds:
     lengths = list(lengths) or [picture.n_prompt] * picture.n_prompts
     config, dtype = checkpoint.text_encoder_config, device.compute_dtype
-    working = text_encoder_bytes(config, lengths, dtype, device.torch_device)
+    kernels = not device.is_cuda or not device.paths.families[0].reason
+    working = text_encoder_bytes(config, lengths, dtype, device.torch_device, kernels=kernels)
     return NetworkNeeds(
         blocks=sizes.blocks,
         fixed=sizes.fixed,

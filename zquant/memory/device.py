@@ -13,7 +13,9 @@ import torch
 
 from zquant.errors import DeviceError
 from zquant.layers.compute import Compute
+from zquant.memory.driver import why_no_gpu
 from zquant.memory.paths import AUTO, Paths, choose
+from zquant.memory.shortage import memory_that_runs_out
 
 __all__ = ["COMPUTE_DTYPES", "Device", "matmul_flops", "peak_host_bytes", "probe"]
 
@@ -30,12 +32,14 @@ class Device:
     """Where and in what dtype to compute, and why.
 
     `vae_dtype` differs from `compute_dtype` for float16, in which the autoencoder is unproven.
-    `reason` is that of the dtype; `paths` have their own.
+    `reason` is that of the dtype; `paths` have their own. `no_gpu` is why "auto" became a CPU
+    beside an NVIDIA driver, and what to do.
     """
 
     torch_device: torch.device
     reason: str
     paths: Paths
+    no_gpu: str = ""
 
     @property
     def compute(self) -> Compute:
@@ -72,6 +76,8 @@ class Device:
         dequantize = self.paths.families[0]
         if self.is_cuda and dequantize.reason:
             text += f"; no Triton kernels ({dequantize.reason})"
+        if self.no_gpu:
+            text += f"; no GPU: {self.no_gpu}"
         return text
 
     def peak_vram_bytes(self) -> int | None:
@@ -79,6 +85,7 @@ class Device:
         return torch.cuda.max_memory_reserved(self.torch_device) if self.is_cuda else None
 
 
+@memory_that_runs_out()
 def probe(
     device: str = AUTO,
     compute_dtype: str = AUTO,
@@ -97,8 +104,8 @@ def probe(
         attention: see `compute`.
 
     Raises:
-        DeviceError: the device is unknown or absent, the dtype is unknown, or Triton is asked for
-            and cannot run.
+        DeviceError: the device is unknown or absent, or Triton is asked for and cannot run.
+        PlanError: other programs have left no memory on it.
         ValueError: another choice is unknown.
 
     A GPU becomes torch's current device.
@@ -112,13 +119,13 @@ def probe(
     elif compute_dtype in COMPUTE_DTYPES:
         dtype, reason = COMPUTE_DTYPES[compute_dtype], "as asked"
     else:
-        raise DeviceError(
-            f"compute dtype {compute_dtype!r} is unknown. Use {', '.join((AUTO, *COMPUTE_DTYPES))}."
-        )
+        known = ", ".join((AUTO, *COMPUTE_DTYPES))
+        raise ValueError(f"compute dtype {compute_dtype!r} is unknown; known: {known}")
     paths = choose(chosen, dtype, compute=compute, kernels=kernels, attention=attention)
     if chosen.type == "cuda":
         torch.cuda.reset_peak_memory_stats(chosen)
-    return Device(torch_device=chosen, reason=reason, paths=paths)
+    no_gpu = why_no_gpu() if device == AUTO and chosen.type == "cpu" else ""
+    return Device(torch_device=chosen, reason=reason, paths=paths, no_gpu=no_gpu)
 
 
 def _torch_device(device: str) -> torch.device:
@@ -135,11 +142,11 @@ def _torch_device(device: str) -> torch.device:
         found = {0: "no CUDA device", 1: "one CUDA device, cuda:0"}.get(
             n_gpus, f"CUDA devices 0 to {n_gpus - 1}"
         )
-        remedy = (
-            "Use one that is there."
-            if n_gpus
-            else "Use --device cpu, or install a torch build that matches the driver."
-        )
+        remedy = "Use one that is there."
+        if not n_gpus and (why := why_no_gpu()):
+            remedy = f"Use --device cpu; {why}"  # which may end with a command to copy
+        elif not n_gpus:
+            remedy = "Use --device cpu, or install a torch build that matches the driver."
         raise DeviceError(
             f"device {device!r} is not there: torch {torch.__version__} sees {found}. {remedy}"
         )

@@ -2,8 +2,6 @@
 
 import os
 import platform
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +11,7 @@ from zquant_kernels import runtime
 
 import zquant
 from zquant.memory.device import Device
+from zquant.memory.driver import driver_version
 from zquant.memory.machine import ram_total
 from zquant.models.dit_block import EXACT
 from zquant.units import format_bytes
@@ -26,6 +25,7 @@ def diagnose(device: Device) -> dict[str, Any]:
         "kind": "doctor",
         "machine": describe_machine(),
         "device": device.name,
+        "no_gpu_reason": device.no_gpu,
         "compute_dtype": str(device.compute_dtype).removeprefix("torch."),
         "compute_dtype_reason": device.reason,
         "compute": device.compute.mode,
@@ -53,6 +53,8 @@ def diagnosis_text(document: Mapping[str, Any]) -> str:
         pairs[f"gpu {i}"] = f"{gpu['name']}, compute capability {gpu['capability']}, {free} of "
         pairs[f"gpu {i}"] += f"{total} free"
     pairs["device"] = document["device"]
+    if document["no_gpu_reason"]:
+        pairs["no gpu"] = document["no_gpu_reason"]
     pairs["dtype"] = f"{document['compute_dtype']}: {document['compute_dtype_reason']}"
     pairs["compute"] = f"{document['compute']}: {document['compute_reason']}"
     rows = [("family", "path", "why not faster"), *(tuple(p.values()) for p in document["paths"])]
@@ -89,7 +91,7 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": getattr(runtime.triton, "__version__", None),
         "triton_reason": runtime.REASON,
-        "driver": _driver(),
+        "driver": driver_version(),
         "gpus": [_gpu(i) for i in range(_n_gpus())],
     }
 
@@ -106,16 +108,3 @@ def _gpu(index: int) -> dict[str, Any]:
         "vram_bytes": total,
         "vram_free_bytes": free,
     }
-
-
-def _driver() -> str | None:
-    """The NVIDIA driver's version, from its own tool."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.split("\n")[0].strip() or None

@@ -8,7 +8,7 @@ from zquant.memory.advice import plan_or_advise, smallest_ceiling
 from zquant.memory.demand import needs_of
 from zquant.memory.device import Device
 from zquant.memory.machine import machine_of
-from zquant.memory.needs import Limits, Needs
+from zquant.memory.needs import Limits, Machine, Needs
 from zquant.memory.plan import MemoryPlan
 from zquant.memory.sizes import model_sizes
 from zquant.models.checkpoint import Checkpoint
@@ -23,13 +23,15 @@ class Forecast:
 
     Attributes:
         sizes: of the model.
-        machine: what it offers now.
+        machine: what it offers now; measured where it is not given.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: Device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: Device, machine: Machine | None = None
+    ) -> None:
         self.checkpoint, self.device = checkpoint, device
         self.sizes = model_sizes(checkpoint)
-        self.machine = machine_of(device, checkpoint.parts["dit"][TYPICAL])
+        self.machine = machine or machine_of(device, checkpoint.parts["dit"][TYPICAL])
 
     def plan(
         self,

@@ -85,6 +85,9 @@ class Lanes(Protocol):
     def start(self, name: str, work: Callable[[], None]) -> None:
         """Run `work`, which does not raise, in a thread."""
 
+    def enter(self) -> None:
+        """Called first by `work`: the thread will use the device."""
+
     def join(self) -> None:
         """Wait until every started thread has ended."""
 
@@ -118,6 +121,9 @@ class _Threads:
         thread = threading.Thread(target=work, name=f"zquant {name}", daemon=True)
         self._threads.append(thread)
         thread.start()
+
+    def enter(self) -> None:
+        """Nothing."""
 
     def join(self) -> None:
         while self._threads:
@@ -229,15 +235,9 @@ class CudaLanes(_Threads):
         with cuda.stream(self._copies):
             slot[:n_bytes].copy_(buffer[:n_bytes], non_blocking=True)
 
-    def start(self, name: str, work: Callable[[], None]) -> None:
-        """A thread on this device."""
-
-        def on_device() -> None:
-            # a new thread is on GPU 0, where its first call would take memory for a context
-            cuda.set_device(self._device)
-            work()
-
-        super().start(name, on_device)
+    def enter(self) -> None:
+        """`cudaSetDevice`: on GPU 0 the thread's first call would take memory for a context."""
+        cuda.set_device(self._device)
 
     def close(self) -> None:
         """Unregister host memory."""

@@ -7,11 +7,10 @@ kernels reach. They predict seconds, and decide nothing else.
 
 import ctypes
 import os
-import shutil
-import subprocess
 import sys
 import time
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,13 @@ from zquant_kernels import runtime
 
 from zquant.formats.names import Part
 from zquant.memory.device import Device, matmul_flops
+from zquant.memory.driver import process_vram_bytes
 from zquant.memory.needs import Machine
 from zquant.quant.codec import dequantize
 
 __all__ = [
     "keep_heap_small",
     "machine_of",
-    "process_vram_bytes",
     "ram_available",
     "ram_held",
     "ram_total",
@@ -52,8 +51,17 @@ FLOPS_PER_SM = {  # per clock, float16 with float32 sums, dense
     (10, 0): 8192,
 }
 FLOPS_GEFORCE = 512
-FLOPS_WITHOUT_TENSOR_CORES = 256  # GTX 16
+FLOPS_WITHOUT_TENSOR_CORES = 128  # GTX 16, whose float16 has float32's rate with float32 sums
 CLOCK_HZ = 1.7e9  # where torch does not tell
+GROUPS = {  # in /proc/self/cgroup: root of the groups, limit, use, and what of it is given back
+    "0": ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
+    "memory": (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_cache",
+    ),
+}
 PROBE_BYTES = 32 * MIB
 PROBE_ROWS = 512
 
@@ -147,18 +155,33 @@ def _glibc(name: str, *arguments: int) -> None:
 
 
 def _container_room() -> int:
-    """Bytes that a control group still allows; effectively unlimited without one."""
-    folder = Path("/sys/fs/cgroup")
+    """Bytes that the control groups of this process still allow; effectively unlimited without.
+
+    Every group limits those below it: the least counts, from the process's own up to the root.
+    """
+    own = {"0": "/", "memory": "/"}
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            number, controllers, group = line.split(":", 2)
+            own["memory" if "memory" in controllers.split(",") else number] = group
+    # a container may see its own group as the root: then the rest of the path is not there
+    return min(
+        _group_room(Path(f"{root}{group}"), *names)
+        for key, (root, *names) in GROUPS.items()
+        for group in (PurePosixPath(own[key]), *PurePosixPath(own[key]).parents)
+    )
+
+
+def _group_room(folder: Path, limit: str, used: str, cached: str) -> int:
+    """Bytes that one control group still allows."""
     try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
+        allowed = int((folder / limit).read_text())
+        taken = int((folder / used).read_text())
         fields = dict(s.split() for s in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return sys.maxsize
-    if limit == "max":
+    except (OSError, ValueError):  # there is no such group, or its limit is "max"
         return sys.maxsize
     # cached file pages are given back on demand
-    return max(0, int(limit) - used + int(fields.get("file", 0)))
+    return max(0, allowed - taken + int(fields.get(cached, 0)))
 
 
 def _windows_memory() -> tuple[int, int]:
@@ -172,23 +195,6 @@ def _windows_memory() -> tuple[int, int]:
     return int(status.total), int(status.available)
 
 
-def process_vram_bytes() -> int | None:
-    """VRAM of this process, context included, as the driver counts it; None where it does not."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    command = [tool, "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    for line in done.stdout.splitlines():
-        pid, _, used = line.partition(",")
-        if pid.strip() == str(os.getpid()) and used.strip().isdigit():
-            return int(used) * MIB
-    return None  # Windows shows "[N/A]", a container other process numbers
-
-
 def _gpu_flops(device: torch.device) -> float:
     properties = torch.cuda.get_device_properties(device)
     capability = runtime.capability(device)
@@ -200,12 +206,12 @@ def _gpu_flops(device: torch.device) -> float:
 
 
 def _link_bytes_s(device: torch.device) -> float:
-    """Pinned copies to the device; 0 where nothing can be pinned."""
+    """Pinned copies to the device; 0 where nothing can be pinned, or the device is full."""
     try:
         source = torch.empty(PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+        target = torch.empty_like(source, device=device)
     except RuntimeError:
-        return 0.0
-    target = torch.empty_like(source, device=device)
+        return 0.0  # a plan for a full device is refused with its figures
     new: Any = torch.cuda.Event
     start, stop = new(enable_timing=True), new(enable_timing=True)
     target.copy_(source, non_blocking=True)
@@ -213,6 +219,8 @@ def _link_bytes_s(device: torch.device) -> float:
     target.copy_(source, non_blocking=True)
     stop.record()
     stop.synchronize()
+    del target
+    torch.cuda.empty_cache()  # or its segment would stay, with cuBLAS's workspace in it
     return float(PROBE_BYTES / (start.elapsed_time(stop) / 1000))
 
 

@@ -136,16 +136,15 @@ def make_plan(needs: Needs, machine: Machine, limits: Limits) -> MemoryPlan:
     Raises:
         PlanError: it does not fit, with the figures; `zquant.memory.advice` says what would.
     """
-    budget, ram = ceilings(machine, limits)
-    planner = _Planner(machine, budget, ram, needs.held)
+    planner = _Planner(machine, limits, needs.held)
     encoder, encoder_phase = planner.network("text encoder", needs.text_encoder, keep=False)
     dit, dit_phase = planner.network("DiT", needs.dit, keep=True)
     vae, vae_phase = planner.vae(needs.vae)
     return MemoryPlan(
         picture=needs.picture,
         machine=machine,
-        budget_bytes=budget,
-        ram_bytes=ram,
+        budget_bytes=planner.budget,
+        ram_bytes=planner.ram,
         text_encoder=encoder,
         dit=dit,
         vae=vae,
@@ -190,8 +189,9 @@ def margin(n_bytes: int) -> int:
 class _Planner:
     """The rules, for one machine and its ceilings; `held` bytes are taken in host memory."""
 
-    def __init__(self, machine: Machine, budget: int, ram: int, held: int) -> None:
-        self.machine, self.budget, self.ram, self.held = machine, budget, ram, held
+    def __init__(self, machine: Machine, limits: Limits, held: int) -> None:
+        self.machine, self.limits, self.held = machine, limits, held
+        self.budget, self.ram = ceilings(machine, limits)
         # what is on the device before a phase begins
         self.outside = machine.outside if machine.is_gpu else machine.outside + held
 
@@ -326,9 +326,13 @@ class _Planner:
 
     def _refuse(self, name: str, needed: int, *, on_device: bool) -> None:
         gpu = on_device and self.machine.is_gpu
-        have = self.budget if gpu else self.ram
-        flag = "--budget" if gpu else "--max-ram"
+        have, asked = self.ram, self.limits.ram_bytes
+        if gpu:
+            have, asked = self.budget, self.limits.budget_bytes
+        room = f"only {format_bytes(have)} are free"
+        if asked == have:
+            room = f"{'--budget' if gpu else '--max-ram'} allows {format_bytes(have)}"
         raise PlanError(
             f"the {name} needs at least {format_bytes(needed)} of {'VRAM' if gpu else 'RAM'}, "
-            f"everything else that moves streamed; {flag} allows {format_bytes(have)}."
+            f"everything else that moves streamed; {room}."
         )

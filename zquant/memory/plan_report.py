@@ -68,7 +68,10 @@ def summary_line(plan: MemoryPlan, n_blocks: int) -> str:
     if machine.is_gpu:
         vram = f"VRAM {format_bytes(plan.device_bytes)} of {format_bytes(plan.budget_bytes)}"
         peaks = f"{vram}, {peaks}"
-    seconds = f", about {format_seconds(plan.step_seconds)} a step" if plan.step_seconds else ""
+    seconds = ""
+    if plan.step_seconds:
+        total = format_seconds(sum(phase.seconds for phase in plan.phases))
+        seconds = f", about {format_seconds(plan.step_seconds)} a step and {total} in all"
     return f"plan: {where}; VAE {vae}; peak {peaks}{seconds}"
 
 

@@ -81,15 +81,19 @@ class Residency:
         elif name in self._visitors:
             layout = self._visitors[name]
             layout.place(self._copied(layout))
-            yield
-            layout.remove()
+            try:
+                yield
+            finally:
+                layout.remove()
         else:
             assert self._stream is not None
             layout = self._layouts[name]
             with self._stream.using(self._index[name]) as slot:
                 layout.place(slot)
-                yield
-                layout.remove()
+                try:
+                    yield
+                finally:
+                    layout.remove()
 
     @property
     def report(self) -> StreamReport | None:

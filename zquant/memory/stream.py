@@ -238,6 +238,7 @@ class BlockStream:
     def _work(self, name: str, loop: Callable[[], None]) -> None:
         def work() -> None:
             try:
+                self._lanes.enter()
                 loop()
             except _Stopped:
                 pass

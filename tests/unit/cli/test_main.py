@@ -59,8 +59,9 @@ def test_exit_code_is_the_commands(command):
         ),
         (FileNotFoundError("folder 'x' does not exist"), 1, "zquant: error: folder 'x' does"),
         (OSError(), 1, "zquant: error: OSError\n"),
+        (MemoryError(), 1, "zquant: error: RAM ran out. Close other programs, or ask for less: a"),
     ],
-    ids=["zquant", "interrupt", "disk-full", "permission", "own-text", "no-text"],
+    ids=["zquant", "interrupt", "disk-full", "permission", "own-text", "no-text", "no-memory"],
 )
 def test_failures_are_one_line_and_a_code(command, capsys, error, code, message):
     command(fail_with(error))
@@ -118,6 +119,23 @@ def test_wrong_usage_is_2(command, capsys, words):
         cli.main(words)
     assert stop.value.code == 2
     assert "usage: zquant" in capsys.readouterr().err
+
+
+def test_a_prompt_without_quotes_is_told_so(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["run", "a", "red", "fox"])
+    err = capsys.readouterr().err
+    assert err.endswith("unrecognized arguments: red fox; put the prompt in quotes\n")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["run", "fox", "--sted", "3"])
+    assert "quotes" not in capsys.readouterr().err
+
+
+def test_without_an_open_stdout_the_work_is_done(command, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    command(lambda _: print("done") or 0)
+    assert cli.main(["run"]) == 0
+    sys.stdout.close()
 
 
 def test_every_command_has_add_arguments_and_run():

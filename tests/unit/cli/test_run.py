@@ -13,41 +13,9 @@ import torch
 from PIL import Image
 
 import zquant
-from zquant.cli.main import main
 from zquant.image import read_recipe, save_png
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(
-    toy_engine: zquant.Engine,
-    toy_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Run:
-    """`zquant run` with the toy, at 32×32 and two steps unless told: exit code, stdout, stderr."""
-    from zquant.models.checkpoint import Checkpoint
-
-    tokenizer = toy_engine.prompts.tokenizer
-    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _: tokenizer)
-    monkeypatch.delenv("ZQUANT_DEBUG", raising=False)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str, small: bool = True) -> tuple[int, str, str]:
-        given = list(words)
-        if "--model" not in words and "--dit" not in words:
-            given += ["--model", str(toy_folder)]
-        if "--device" not in words:
-            given += ["--device", "cpu"]
-        if small:
-            given += ["--width", "32", "--height", "32", "--steps", "2"]
-            given += ["--compute-dtype", "float32"]
-        code = main(["run", *given])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def pixels(path: Path) -> bytes:
@@ -317,7 +285,11 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
         2,
         "width is 1000; it must be a multiple of 16 from 16 to 8192. Nearest: 992 or 1008",
     ),
-    "negative seed": (["a", "--seed=-1"], 2, "seed is -1; it must be from 0"),
+    "negative seed": (
+        ["a", "--seed=-1"],
+        2,
+        "seed is -1; it must be from 0 to 2**63 - 1. Leave --seed out for a random one",
+    ),
     "no steps": (["a", "--steps", "0"], 2, "steps is 0; it must be from 1 to 1000"),
     "no pictures": (["a", "--count", "0"], 2, "count is 0; it must be from 1 to 1000"),
     "guidance NaN": (["a", "--guidance-scale", "nan"], 2, "guidance_scale is nan; it must be a fi"),

@@ -1,5 +1,6 @@
 """`zquant run --prompt-file`: many prompts, names and seeds, resuming after a stop."""
 
+import io
 import json
 import os
 import signal
@@ -97,7 +98,7 @@ def test_what_was_stopped_is_resumed_without_repeating_a_step(
     assert code == 130
     assert out == ""
     assert "stopping after this step" in err
-    assert "interrupted" in err
+    assert err.endswith("out: not complete; go on with --resume\nzquant: interrupted\n")
     code, _, err = run("a fox\na hare\n")
     assert code == 1
     assert "--resume" in err
@@ -141,3 +142,18 @@ def test_flags_that_do_not_go_with_many_prompts(run: Run, tmp_path: Path) -> Non
         assert (code, out) == (2, "")
         assert "--prompt-file" in err
     assert main(["run", "a fox", "--resume", "--model", str(tmp_path)]) == 2
+
+
+def test_many_pictures_need_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["run", "--prompt-file", "x.txt", "--model", str(tmp_path)]) == 2
+    assert "--prompt-file needs --out FOLDER for its pictures" in capsys.readouterr().err
+
+
+def test_prompts_that_a_console_cannot_show_are_still_json(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    code, _, _ = run("狐狸 🦊\n", "--json")
+    assert code == 0
+    assert json.loads(written.getvalue())["recipe"]["prompt"] == "狐狸 🦊"

@@ -120,7 +120,7 @@ def test_weights_too_large_for_the_type(comfy, run, tmp_path):
     message = r"'layers\.0\.attention\.out\.weight' holds a weight of 9.99e\+05, too large for F16"
     with pytest.raises(PlanError, match=message):
         run(**request, out=tmp_path / "out", qtype="F16")
-    run(**request, out=tmp_path / "out", qtype="BF16")
+    run(**request, out=tmp_path / "wide", qtype="BF16")
 
 
 def test_a_zero_tensor_has_no_error(comfy, run, tmp_path):
@@ -214,9 +214,11 @@ def test_a_folder_that_is_no_model(tmp_path, capsys):
 
 
 def test_only_out(tmp_path, capsys):
-    assert main(["convert", str(tmp_path / "out")]) == 1
-    expected = "no source for dit, text_encoder, vae. Give --dit, --text-encoder, --vae."
-    assert expected in capsys.readouterr().err
+    out = str(tmp_path / "out")
+    for words in ([], ["--dit", "a.gguf", "--vae", "b.safetensors"]):
+        assert main(["convert", out, *words]) == 2
+        err = capsys.readouterr().err
+        assert f"{out!r} was taken as OUT. Write: zquant convert SOURCE OUT; only with all" in err
 
 
 def test_unknown_variant():
@@ -325,11 +327,10 @@ def test_a_resumed_run_must_be_the_same(official, run, tmp_path, monkeypatch):
     with pytest.raises(PlanError):
         run(source=str(official), out=tmp_path)
     monkeypatch.undo()
-    message = r"dit-Q4_K_M\.gguf\.part: made with other options than Q8_0.*without --resume"
+    message = r"dit-Q4_K_M\.gguf\.part: made with other options than Q8_0.*to start anew, remove"
     with pytest.raises(ZQuantError, match=message):
         run(source=str(official), out=tmp_path, qtype="Q8_0", resume=True)
     types = (("qkv", QTYPES["F16"]),)
-    with pytest.raises(ZQuantError, match=r"made from another source, with other options.*without"):
+    message = r"made from another source, with other options.*To start anew, remove it and dit-Q4"
+    with pytest.raises(ZQuantError, match=message):
         run(source=str(official), out=tmp_path, tensor_types=types, resume=True)
-    run(source=str(official), out=tmp_path, qtype="Q8_0")
-    assert not list(tmp_path.glob("*.part*"))

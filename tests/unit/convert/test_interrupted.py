@@ -18,7 +18,7 @@ from zquant.quant.qtypes import QTYPES
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-PUBLISHING = 12  # moments from the first look at model.json.part on
+PUBLISHING = 13  # moments from the first look at model.json.part on
 
 
 @pytest.fixture(scope="module")
@@ -161,4 +161,4 @@ def test_a_changed_source_is_not_resumed(
     for shard in source.glob("transformer/*.safetensors"):
         os.utime(shard, ns=(1, 1))
     assert main(command(out, "--resume", source=source)) == 1
-    assert "it cannot be resumed. Run without --resume to start over" in capsys.readouterr().err
+    assert "it cannot be resumed. To start anew, remove it and dit-" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import math
 import re
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import gguf
 import pytest
@@ -151,6 +152,9 @@ def test_dry_run_shows_every_tensor_and_writes_nothing(official, tmp_path, capsy
     assert main(["convert", str(official), str(out), "--qtype", "q8_0", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     plan = plan_conversion(ConvertRequest(source=str(official), out=out, qtype="Q8_0"))
+    totals = {}  # what follows "= FILE: ", by file name
+    for section in printed.split("= ")[1:]:
+        totals[Path(section.split(": ")[0]).name] = section
     for output in plan.outputs:
         for tensor in output.tensors:
             assert any(
@@ -158,6 +162,8 @@ def test_dry_run_shows_every_tensor_and_writes_nothing(official, tmp_path, capsy
                 for line in printed.splitlines()
             )
         assert f"= {output.path}: " in printed
+        counts = [int(n) for n in re.findall(r"(\d+) tensors", totals[output.path.name])]
+        assert sum(counts) == len(output.tensors)
     assert not out.exists()
     assert main(["convert", str(official), str(out), "--dry-run", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
@@ -170,6 +176,8 @@ def test_the_command_prints_the_plan_then_the_result(official, q4, tmp_path, cap
     assert main(["convert", str(official), str(tmp_path), "--threads", "1"]) == 0
     printed, err = capsys.readouterr()
     assert err == ""  # no bar where nobody is watching
+    assert "layers.0." not in printed  # about a thousand rows, of a real model
+    assert re.search(r"^  Q4_K +\d+ tensors +[\d.]+ [KM]iB$", printed, re.MULTILINE)
     assert printed.index(" in all, variant turbo") < printed.index("mean relative RMS error: Q4_K ")
     assert printed.endswith(f"next: zquant run PROMPT --model {tmp_path}\n")
     assert look.contents(tmp_path) == look.contents(q4)

@@ -24,6 +24,12 @@ def test_only_a_large_search_is_worth_processes():
         assert isinstance(pool, ProcessPoolExecutor)
 
 
+def test_there_are_no_more_processes_than_the_system_can_wait_for(monkeypatch):
+    monkeypatch.setattr(module, "MAX_PROCESSES", 2)
+    with workers(3, WORTH_PROCESSES) as pool:
+        assert pool._max_workers == 2
+
+
 def test_processes_write_the_bytes_of_threads(official, q4, run, look, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "WORTH_PROCESSES", 0)
     result = run(source=str(official), out=tmp_path, threads=2)

@@ -111,13 +111,13 @@ def test_every_mutation_is_read_or_refused(make, opener, header_size, build, tmp
             path.write_bytes(mutated(rng, valid, header_size))
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 read_everything(path, rng.choice([opener, open_source]))
                 outcomes["read"] += 1
             except FormatError:
                 outcomes["refused"] += 1
-            assert time.perf_counter() - start < MAX_SECONDS
+            assert time.process_time() - start < MAX_SECONDS
             assert tracemalloc.get_traced_memory()[1] - before < MAX_BYTES
     finally:
         tracemalloc.stop()

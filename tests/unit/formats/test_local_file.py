@@ -1,13 +1,20 @@
 """`LocalFile`: views and copies of the same bytes, in this process and another."""
 
+import mmap
 import os
 import pickle
+import warnings
+from contextlib import closing
 
 import numpy as np
 import pytest
+import torch
 
+import zquant
 from zquant.errors import FormatError
+from zquant.formats import source
 from zquant.formats.source import LocalFile
+from zquant.models.checkpoint import Checkpoint
 
 
 @pytest.fixture
@@ -42,12 +49,37 @@ def test_a_file_that_shrinks_is_an_error_and_no_garbage(file):
     reader.close()
 
 
-def test_a_view_is_writable_and_the_file_stays(file):
-    before = file.read_bytes()
+@pytest.fixture
+def read_only(monkeypatch):
+    """Files are mapped as on Windows, where torch would say that their arrays are not writable."""
+    monkeypatch.setattr(source, "ACCESS", mmap.ACCESS_READ)
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # not only once in a process
+    yield
+    torch.set_warn_always(before)
+
+
+def test_a_read_only_view_becomes_a_tensor_without_a_warning(file, read_only):
     reader = LocalFile(file)
-    reader.read(0, 10)[:] = 99
+    view = reader.read(0, 10)
+    assert not view.flags.writeable
+    assert torch.from_numpy(view).tolist() == list(range(10))
+    # another's array is another's business
+    with pytest.raises(UserWarning, match="something else"):
+        warnings.warn("something else is not writable", UserWarning, stacklevel=1)
     reader.close()
-    assert file.read_bytes() == before
+
+
+def test_a_model_paints_the_same_from_read_only_views(
+    read_only, toy_folder, toy_engine, monkeypatch
+):
+    """Warnings are errors here, and so is writing into such a view."""
+    tokenizer = toy_engine.prompts.tokenizer
+    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _: tokenizer)
+    request = zquant.RunRequest(prompt="a fox", seed=3, width=32, height=32, steps=2)
+    with closing(zquant.Engine.open(toy_folder, device="cpu", compute_dtype="float32")) as engine:
+        ours = engine.generate(request).images[0]
+    assert ours.tobytes() == toy_engine.generate(request).images[0].tobytes()
 
 
 def test_a_pickled_reader_opens_the_file_again(file):

@@ -107,6 +107,12 @@ def test_an_official_folder(official):
 
 BAD_MANIFESTS = {
     "format": ({"format": "v9"}, FormatError, r"format is 'v9'; expected 'zquant-model-1'\. Conv"),
+    "newer": (
+        {"format": "zquant-model-2"},
+        FormatError,
+        r"'zquant-model-2'; expected 'zquant-model-1'\. A newer zquant made it: upgrade this one",
+    ),
+    "older": ({"format": "zquant-model-0"}, FormatError, r"Convert the model with this version"),
     "no-files": ({"files": None}, FormatError, r"the file of 'dit' is None; expected a plain file"),
     "no-variant": ({"variant": None}, FormatError, r"incomplete \('variant'\)\. Convert the model"),
     "no-number": ({"steps": "x"}, FormatError, r"incomplete \(invalid literal.*Convert the model"),

@@ -22,8 +22,7 @@ FAR = 1_000_000  # beyond what opening reads
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    for name, value in {"FIRST_WAIT_S": 0.01, "OPEN_PATIENCE_S": 1, "READ_PATIENCE_S": 1}.items():
-        monkeypatch.setattr(remote_file, name, value)
+    monkeypatch.setattr(remote_file, "FIRST_WAIT_S", 0.01)
     (tmp_path / "w.bin").write_bytes(DATA)
     with http.serve(tmp_path) as server:
         yield server
@@ -86,10 +85,9 @@ def test_a_server_in_trouble_is_asked_again(code, server):
     assert some_of(file) == DATA[FAR : FAR + 1_500_000]
 
 
-def test_a_server_says_how_long_to_wait(server, monkeypatch):
+def test_a_server_says_how_long_to_wait(server):
     file = RemoteFile(entry(server))
     server.faults += [http.status(429, Retry_After="1")]
-    monkeypatch.setattr(remote_file, "READ_PATIENCE_S", 5)
     start = time.monotonic()
     some_of(file)
     assert time.monotonic() - start > 0.9
@@ -99,19 +97,20 @@ def test_longer_than_our_patience_is_not_waited_for(server):
     file = RemoteFile(entry(server))
     server.faults += [http.status(503, Retry_After="3600")]
     assert re.fullmatch(
-        r"far/w\.bin: at byte 1000000 of 3000000: no bytes from the server for 0\.\d\d s \(HTTP "
+        r"far/w\.bin: at byte 1000000 of 3000000: no bytes from the server for [\d.]+ s \(HTTP "
         r"503, it asks to wait 60 min 00 s\)\. Check the connection and run again with --resume, "
         r"which goes on from what is done\.",
         fails(some_of, file),
     )
 
 
-def test_a_dead_server_is_given_up_in_bounded_time(server):
+def test_a_dead_server_is_given_up_in_bounded_time(server, monkeypatch):
+    monkeypatch.setattr(remote_file, "READ_PATIENCE_S", 1)
     file = RemoteFile(entry(server))
     server.faults += [http.drop(300_000), *[http.status(500)] * 1000]
     start = time.monotonic()
     message = fails(some_of, file)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert "of 3000000: no bytes from the server for" in message
     assert "(HTTP 500). Check the connection and run again with --resume" in message
 

@@ -18,7 +18,6 @@ from zquant.formats.remote_hub import HubAddress, hub_address
 @pytest.fixture
 def server(toy_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(remote_file, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(remote_file, "OPEN_PATIENCE_S", 1)
     with http.serve(shutil.copytree(toy_folder, tmp_path / "toy")) as server:
         yield server
 
@@ -30,6 +29,7 @@ def hub(server, tmp_path, monkeypatch):
         "ENDPOINT": server.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": False,
     }.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")

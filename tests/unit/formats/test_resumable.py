@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from zquant.errors import PlanError, ZQuantError
-from zquant.formats.resumable import ResumableFile, sha256_of
+from zquant.formats.resumable import ResumableFile, bytes_kept, sha256_of
 
 START, HEADER = b"?eader", b"header"  # as it is first, and with what is known at the end
 PIECES = [b"a" * 1000, b"", b"b" * 5, b"tail"]
@@ -134,7 +134,7 @@ def test_other_work_is_refused(path):
     message = (
         r"a\.gguf\.part: made from another source, with other options or by another version; .* "
     )
-    with pytest.raises(ZQuantError, match=message + "Run without --resume to start over"):
+    with pytest.raises(ZQuantError, match=message + "To start anew, remove it and a.gguf.part.jou"):
         ResumableFile(path, "other work", START, resume=True)
     assert [p.read_bytes() for p in part_of(path)] == before
 
@@ -145,6 +145,23 @@ def test_without_resume_everything_starts_over(path):
     file.close()
     assert start == 0
     assert json.loads(part_of(path)[1].read_text().splitlines()[0]) == "other work"
+
+
+def test_what_is_kept_is_what_the_journal_vouches_for(path):
+    assert bytes_kept(path) == 0
+    write(path, 0)[0].close()
+    assert bytes_kept(path) == 0  # a header is no work
+    write(path, 3)[0].close()
+    assert bytes_kept(path) == len(HEADER + PIECES[0] + ZEROS + PIECES[2])
+    os.truncate(part_of(path)[0], 500)
+    assert bytes_kept(path) == 500
+    part_of(path)[0].unlink()
+    path.write_bytes(WHOLE)  # an older file, not what the journal is about
+    assert bytes_kept(path) == 0
+    file, _ = write(path)
+    file.seal(HEADER)
+    file.publish()
+    assert bytes_kept(path) == len(HEADER + PIECES[0] + ZEROS + b"".join(PIECES[1:]))
 
 
 def test_killed_after_taking_the_name(path):

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from zquant.errors import DeviceError
+from zquant.errors import DeviceError, PlanError
 from zquant.memory import device as subject
 from zquant.memory.device import peak_host_bytes, probe
+from zquant.memory.doctor import diagnose, diagnosis_text
 
 Gpus = Callable[..., None]
 
@@ -140,10 +141,44 @@ def test_a_gpu_that_is_not_there(gpus: Gpus) -> None:
 
 
 def test_unknown_dtype() -> None:
-    with pytest.raises(
-        DeviceError, match=r"'int8' is unknown\. Use auto, bfloat16, float16, float"
-    ):
+    with pytest.raises(ValueError, match="'int8' is unknown; known: auto, bfloat16, float16, floa"):
         probe("cpu", "int8")
+
+
+@pytest.fixture
+def idle(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that torch does not see."""
+    gpus()
+    monkeypatch.setattr(subject, "why_no_gpu", lambda: "this PyTorch has no CUDA: install it")
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_card_that_is_not_used_is_told_where_auto_is_the_cpu() -> None:
+    chosen = probe(compute_dtype="float32")
+    assert not chosen.is_cuda
+    assert chosen.summary.endswith("; no GPU: this PyTorch has no CUDA: install it")
+    document = diagnose(chosen)
+    assert document["no_gpu_reason"] == chosen.no_gpu
+    assert "\nno gpu   this PyTorch has no CUDA: install it\n" in diagnosis_text(document)
+    assert "no GPU" not in probe("cpu", "float32").summary  # as asked
+
+
+@pytest.mark.usefixtures("idle")
+def test_a_card_that_is_asked_for_and_not_seen_has_its_reason() -> None:
+    with pytest.raises(
+        DeviceError, match=r"Use --device cpu; this PyTorch has no CUDA: install it$"
+    ):
+        probe("cuda")
+
+
+def test_a_full_card_is_one_message(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: torch.device) -> None:
+        raise torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be")
+
+    gpus((8, 6))
+    monkeypatch.setattr(torch.cuda, "set_device", full)
+    with pytest.raises(PlanError, match=r"out of memory\)\. Close programs that use the GPU"):
+        probe()
 
 
 def test_peak_host_memory_is_at_least_what_torch_takes() -> None:

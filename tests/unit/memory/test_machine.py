@@ -1,6 +1,5 @@
 """What the system says of its memory, read rightly."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +45,47 @@ def test_a_container_has_what_its_limit_leaves(
     files = {"/proc/meminfo": MEMINFO, "/sys/fs/cgroup/memory.max": limit, **CGROUP}
     fake_files(monkeypatch, tmp_path, files)
     assert machine.ram_available() == max(0, expected)
+
+
+GROUPS = {  # limits in a process's own group and above it; files of the group at the root
+    "version 2": (
+        "1:name=systemd:/other\n0::/user/session/app\n",
+        "/sys/fs/cgroup",
+        ("memory.max", "memory.current", "file"),
+    ),
+    "version 1": (
+        "0::/\n4:cpu,memory:/user/session/app\n",
+        "/sys/fs/cgroup/memory",
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("own", "root", "names"), GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("limited", ["/user/session/app", "/user/session", "/user", ""])
+def test_the_least_of_the_processs_own_groups_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    own: str, root: str, names: tuple[str, str, str], limited: str,
+) -> None:  # fmt: skip
+    limit, used, cached = names
+    files = {"/proc/meminfo": MEMINFO, "/proc/self/cgroup": own}
+    for group in ("/user/session/app", "/user", ""):  # that between them has no files
+        files[f"{root}{group}/{limit}"] = str(2**63 - 4096)
+    for group, gib in ((limited, 5), ("/other", 1)):
+        files[f"{root}{group}/{limit}"] = str(gib * GIB)
+    for group in ("/user/session/app", "/user/session", "/user", "", "/other"):
+        files[f"{root}{group}/{used}"] = str(3 * GIB)
+        files[f"{root}{group}/memory.stat"] = f"{cached} {GIB}\n"
+    fake_files(monkeypatch, tmp_path, files)
+    assert machine.ram_available() == 3 * GIB
+
+
+@pytest.mark.parametrize("own", ["", "nothing like it\n", "0::\n"])
+def test_a_list_of_groups_that_cannot_be_read_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str
+) -> None:
+    fake_files(monkeypatch, tmp_path, {"/proc/meminfo": MEMINFO, "/proc/self/cgroup": own})
+    assert machine.ram_available() == 8 * GIB
 
 
 def test_without_a_control_group_the_system_says(
@@ -112,27 +152,6 @@ def test_a_small_heap_keeps_no_freed_tensors() -> None:
     assert usual - small > 64 * MIB  # 25 freed tensors of 4 MiB
 
 
-def smi(monkeypatch: pytest.MonkeyPatch, output: str | Exception) -> int | None:
-    def run(command: list[str], **_: Any) -> Any:
-        if isinstance(output, Exception):
-            raise output
-        return subprocess.CompletedProcess(command, 0, output)
-
-    monkeypatch.setattr(machine.shutil, "which", lambda _: "nvidia-smi")
-    monkeypatch.setattr(machine.subprocess, "run", run)
-    return machine.process_vram_bytes()
-
-
-def test_the_driver_counts_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    pid = os.getpid()
-    assert smi(monkeypatch, f"1, 700\n{pid}, 512\n") == 512 * MIB
-    assert smi(monkeypatch, "1, 700\n") is None
-    assert smi(monkeypatch, f"{pid}, [N/A]\n") is None
-    assert smi(monkeypatch, subprocess.TimeoutExpired("nvidia-smi", 10)) is None
-    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
-    assert machine.process_vram_bytes() is None
-
-
 def test_a_cpu_is_measured(toy_engine: zquant.Engine) -> None:
     weight = toy_engine.checkpoint.parts["dit"]["layers.0.feed_forward.w1.weight"]
     found = machine.machine_of(probe("cpu", "float32"), weight)
@@ -165,7 +184,7 @@ class FakeCuda:
     ("name", "capability", "n_sms", "tflops"),
     [
         ("NVIDIA GeForce RTX 3060", (8, 6), 28, 25.5),
-        ("NVIDIA GeForce GTX 1650", (7, 5), 14, 6.4),
+        ("NVIDIA GeForce GTX 1650", (7, 5), 14, 3.2),
         ("NVIDIA H100", (9, 0), 132, 960.7),
     ],
 )
@@ -187,3 +206,12 @@ def test_a_gpu_from_what_torch_knows(
     assert found.device_bytes == 5 * GIB + GIB + 300 * MIB - 12 * GIB // 25
     assert found.outside == 300 * MIB + machine.CONTEXT_GROWTH
     assert found.link_bytes_s == 12e9
+
+
+def test_a_full_device_has_no_rate_instead_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "empty_like", full)
+    assert machine._link_bytes_s(torch.device("cuda", 0)) == 0.0

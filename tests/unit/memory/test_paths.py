@@ -50,11 +50,12 @@ def test_auto_multiplies_int8_where_it_pays(gpu, capability, mode):
     assert "compute capability {}.{}".format(*capability) in paths.reason
 
 
-def test_auto_is_exact_on_turing_without_tensor_cores(gpu):
-    gpu((7, 5), name="NVIDIA GeForce GTX 1650")
+@pytest.mark.parametrize("name", ["NVIDIA GeForce GTX 1650", "NVIDIA T600", "Quadro T1000"])
+def test_auto_is_exact_on_turing_without_tensor_cores(gpu, name):
+    gpu((7, 5), name=name)
     paths = choose(GPU, torch.float16)
     assert paths.compute.mode == "exact"
-    assert paths.reason == "'NVIDIA GeForce GTX 1650' has no tensor cores for int8"
+    assert paths.reason == f"'{name}' has no tensor cores for int8"
 
 
 def test_auto_is_exact_where_triton_cannot_run_and_says_why(gpu):

@@ -16,8 +16,10 @@ from zquant.memory.activations import Picture, dit_bytes
 from zquant.memory.advice import plan_or_advise, recommendation, smallest_ceiling
 from zquant.memory.needs import Limits, Machine, Needs, NetworkNeeds, VAENeeds
 from zquant.memory.plan import MemoryPlan, make_plan, spread
+from zquant.memory.plan_report import summary_line
 from zquant.models.config import DiTConfig, VAEConfig
 from zquant.models.vae_memory import fitting_rows, striped_bytes, weight_bytes, whole_bytes
+from zquant.units import format_seconds
 
 GIB, MIB = 2**30, 2**20
 DIT = DiTConfig.from_shapes(dict(SHAPES["transformer"](CONFIGS["transformer"])), {})
@@ -215,11 +217,45 @@ def test_the_vae_is_striped_only_where_it_must_be() -> None:
 
 
 REFUSALS = [
-    (card(1.5), {}, 2048, r"2048x2048: the DiT needs at least .* of VRAM.*--budget \d\.\d\dGiB"),
-    (card(1.5), {}, 2048, r"only 1.5 GiB are free"),
-    (card(1.5), {}, 2048, r"at most \d+x\d+\.$"),
+    (
+        card(1.5),
+        {},
+        2048,
+        r"2048x2048: the DiT needs at least .* of VRAM.*; only 1\.5 GiB are free\. Close programs "
+        r"that use the GPU until \d\.\d\d GiB are free, or use at most \d+x\d+\.$",
+    ),
+    (
+        card(1.5),
+        {"budget_bytes": GIB},
+        2048,
+        r"; --budget allows 1\.0 GiB\. Close .* GiB are free and use --budget \d\.\d\dGiB, or",
+    ),
+    (card(1.5), {"budget_bytes": 9 * GIB}, 2048, r"; only 1\.5 GiB.*until \S+ GiB are free, or"),
+    (
+        card(8),
+        {"budget_bytes": GIB},
+        2048,
+        r"allows 1\.0 GiB\. Use --budget \d\.\d\dGiB, or use at",
+    ),
     (card(8, ram_held=3 * GIB), {"ram_bytes": 3 * GIB, "budget_bytes": 2 * GIB}, 1024, "--max-ram"),
-    (card(8, is_gpu=False), {"ram_bytes": GIB}, 1024, r"of RAM.*Use --max-ram \d\.\d\dGiB, or at"),
+    (
+        card(8, is_gpu=False),
+        {"ram_bytes": GIB},
+        1024,
+        r"of RAM.*Use --max-ram \d\.\d\dGiB, or use at",
+    ),
+    (
+        card(8, is_gpu=False, ram_bytes=GIB, device_bytes=GIB),
+        {},
+        1024,
+        r"; only 1\.0 GiB are free\. Close programs that use RAM until \d\.\d\d GiB are free",
+    ),
+    (
+        card(8, ram_bytes=GIB),
+        {},
+        1024,
+        r"of RAM.*only 1\.0 GiB are free\. Close programs that use RAM",
+    ),
 ]
 
 
@@ -252,6 +288,16 @@ def test_the_recommendation_follows_the_slower_side() -> None:
     fast = make_plan(needs_of(square(1024)), card(2), Limits())
     assert "hide" in recommendation(fast, 2 * GIB, 4.5)["recommended"]
     assert "stays" in recommendation(planned(1024, 24), None, 4.5)["recommended"]
+
+
+def test_the_plan_in_one_line_tells_a_step_and_the_whole() -> None:
+    plan = planned(1024, 4)
+    total = sum(phase.seconds for phase in plan.phases)
+    assert total > 8 * plan.step_seconds  # the VAE, too
+    said = f"about {format_seconds(plan.step_seconds)} a step and {format_seconds(total)} in all"
+    assert summary_line(plan, 32).endswith(said)
+    unknown = make_plan(needs_of(square(1024)), card(4, flops=0.0), Limits())
+    assert "a step" not in summary_line(unknown, 32)
 
 
 @pytest.mark.parametrize(("n", "k"), [*itertools.product((1, 2, 7, 32), (0, 1, 2, 5, 32))])
