@@ -21,17 +21,29 @@ from typing import Any
 
 from report_plots import multiplies, peer_rows, plot_all
 
+from zquant.units import format_seconds
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 READMES = (ROOT / "README.md", Path(__file__).parent / "README.md")
 MARKS = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 GIB = 2**30
 SCHEMAS = {  # that the tables are written for
-    *("zquant-demo-quality-1", "zquant-end-to-end-2", "zquant-fidelity-1"),
+    *("zquant-bench-1", "zquant-demo-quality-1", "zquant-end-to-end-2", "zquant-fidelity-1"),
     *("zquant-importance-1", "zquant-peers-1", "zquant-projection-1", "zquant-quality-1"),
     *("zquant-streaming-1", "zquant-target-size-1"),
 }
 CONVERTED = ("cpu-full-q8_0", "cpu-full-q6_k", "cpu-full-q4_k_m")
+PICTURES = ("cpu-bench-256-q4_k_m",)
+PHASES = {
+    "plan_s": "plan",
+    "text_encoder_s": "text encoder",
+    "first_step_s": "first step",
+    "step_s": "every other step",
+    "vae_s": "autoencoder",
+    "save_s": "save",
+    "total_s": "whole picture",
+}
 CEILINGS = ("cpu-ram-512-q4_k_m", "cpu-ram-512-q8_0")
 CONVERTERS = {"zquant": "zquant, everything", "sdcpp": "stable-diffusion.cpp, the DiT"}
 OTHER_TYPE = {("sdcpp", "Q4_K_M"): "to q4_K, "}  # it has no policies
@@ -85,6 +97,36 @@ def measured() -> str:
         ],
     ]
     return markdown(["", *converted], rows)
+
+
+def phases() -> str:
+    """Where the time of a picture goes, by `zquant bench`."""
+    columns: list[list[str]] = []
+    for document in map(load, PICTURES):
+        steps = document["settings"]["steps"]
+        for row in document["sizes"]:
+            title = f"{row['width']}x{row['height']}, {document['model']['name']}, {steps} steps"
+            columns += [[f"{title}, {way}", *_phases(row, way)] for way in ("cold", "warm")]
+    names = ["", "start-up", *PHASES.values(), "peak RAM (planned)"]
+    head, *rows = zip(names, *columns, strict=True)
+    return markdown(head, rows)
+
+
+def _phases(row: Mapping[str, Any], way: str) -> list[str]:
+    """The cells of one picture."""
+    seconds = [row[way][name] for name in PHASES]
+    step = row[way]["step_s"]
+    memory = (row["peaks"]["ram_bytes"], row["predicted"]["ram_bytes"])
+    return [
+        format_seconds(row["startup_s"]) if way == "cold" else "-",
+        *(
+            f"{each['median']:.1f} s ({each['min']:.1f} to {each['max']:.1f})"
+            if each is step
+            else format_seconds(each["median"])
+            for each in seconds
+        ),
+        "{:.1f} GiB ({:.1f})".format(*(n_bytes / GIB for n_bytes in memory)),
+    ]
 
 
 def _ram(row: Mapping[str, Any]) -> str:
@@ -277,6 +319,7 @@ def target_size() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "measured": measured,
+    "phases": phases,
     "converters": converters,
     "peers": peers,
     "peers-256": partial(peers, 256, brief=True),

@@ -20,7 +20,7 @@ Load = Callable[[str], dict[str, Any]]
 GIB = 2**30
 PEERS = (  # in the order in which they ran
     *(f"cpu-peers-256-{run}" for run in (2, 3, 4, 5, "bf16", 6, 7)),
-    *(f"cpu-peers-512-{run}" for run in (1, "bf16", 3)),
+    *(f"cpu-peers-512-{run}" for run in (1, "bf16", 3, 4)),
 )
 NEWEST = ("cpu-peers-256-6", "cpu-peers-256-7", "cpu-peers-512-3")
 # zquant's decoder became faster; stable-diffusion.cpp was given its flash attention and no mapping

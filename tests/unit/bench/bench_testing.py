@@ -15,8 +15,9 @@ job = json.loads(sys.argv[1])
 part = json.load(open({script!r}))
 with open({log!r}, "a") as log:
     log.write(json.dumps(job) + "\\n")
+n_surveys = open({log!r}).read().count('"survey"')
 if job["kind"] == "survey":
-    said = part["survey"]
+    said = part.get("survey again", part["survey"]) if n_surveys == 2 else part["survey"]
 else:
     said = part[f"{{job['width']}}x{{job['height']}}"]
 print("a library says hello", flush=True)
@@ -126,6 +127,7 @@ class Play:
     def bench(self, **fields: Any) -> dict[str, Any]:
         """The document, of one size and two warm pictures unless told otherwise."""
         self._script.write_text(json.dumps(self.parts))
+        self._log.unlink(missing_ok=True)
         what = measure.Bench(**{"model": "a", "sizes": [(64, 64)], "repeat": 2} | fields)
         return measure.bench(what, "a command", self.said.append, lambda *a: self.seen.append(a))
 

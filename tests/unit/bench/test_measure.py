@@ -23,8 +23,10 @@ def test_the_ceiling_comes_first_then_one_process_per_size(play: Play) -> None:
     play.parts["128x64"] = play.parts["64x64"]
     document = play.bench(sizes=[(64, 64), (128, 64)], machine={"compute_dtype": "auto"})
     assert document["schema"] == SCHEMA
-    survey, *painters = play.jobs
+    survey, *painters, again = play.jobs
     assert (survey["kind"], survey["sizes"]) == ("survey", [[64, 64], [128, 64]])
+    assert (again["kind"], again["sizes"]) == ("survey", survey["sizes"])
+    assert again["machine"]["compute_dtype"] == "float32"
     assert survey["machine"]["compute_dtype"] == "auto"
     assert [(job["width"], job["height"], job["repeat"]) for job in painters] == [
         (64, 64, 2),
@@ -50,6 +52,20 @@ def test_cold_is_the_first_picture_and_warm_the_median_of_the_others(play: Play)
     assert row["predicted"]["step_s"] == 1.5
     assert row["moved"]["storage_read_bytes"] == 7
     assert row["startup_s"] > 0
+
+
+def test_the_better_ceiling_counts(play: Play) -> None:
+    low, high = ([{"n_tokens": 64, "ceiling": CEILING | {"roofline_s": s}}] for s in (0.5, 4.0))
+    for first, again in ((low, high), (high, low)):
+        play.parts["survey"] = [SURVEY | {"sizes": first}]
+        play.parts["survey again"] = [SURVEY | {"sizes": again}]
+        (row,) = play.bench()["sizes"]
+        assert (row["ceiling"]["roofline_s"], row["times_ceiling"]) == (0.5, 4.5)
+    other = CEILING | {"roofline_s": 0.1, "streamed_blocks": 3}  # a plan that the picture had not
+    play.parts["survey again"] = [SURVEY | {"sizes": [{"n_tokens": 64, "ceiling": other}]}]
+    assert play.bench()["sizes"][0]["times_ceiling"] == 2.25 / 4
+    play.parts["survey again"] = [{"event": "error", "message": "no memory"}, {"exit": 1}]
+    assert play.bench()["sizes"][0]["times_ceiling"] == 2.25 / 4
 
 
 STREAM = {"bytes_read": 4 * 10**8, "bytes_copied": 5, "waited_s": 0.1}
@@ -100,7 +116,7 @@ def test_a_size_that_fails_is_told_and_the_others_go_on(play: Play) -> None:
     assert failures[:2] == ["96x96: too large", "numbers ran away"]
     assert failures[2].startswith("the measuring process ended with exit code 9; ")
     assert failures[3] is None
-    assert len(play.jobs) == 4  # what has no plan is not started
+    assert len(play.jobs) == 5  # two surveys; what has no plan is not started
     text = bench_text(document)
     for failed in ("96x96: FAILED: too large", "32x32: FAILED: numbers ran away"):
         assert failed in text
