@@ -46,7 +46,7 @@ shutil.copy(part["saves"], part["saves"] + ".saved") if "saves" in part else Non
 held = b"x" * part.get("holds", 0)
 here = os.path.join(os.path.dirname(PARTS), str(os.getpid()))
 open(here + ".here", "w").close()
-end = time.time() + part.get("sleeps", 60)
+end = time.time() + 60
 while not os.path.exists(here + ".seen") and time.time() < end:
     time.sleep(0.005)
 if "dies" in part:

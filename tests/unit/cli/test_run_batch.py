@@ -10,35 +10,21 @@ from typing import Any
 
 import pytest
 
-import zquant
 from zquant.cli.main import main
 from zquant.image import read_recipe
-from zquant.models.checkpoint import Checkpoint
 from zquant.models.dit import DiT
 
-Run = Callable[..., tuple[int, str, str]]
+Batch = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(
-    toy_engine: zquant.Engine,
-    toy_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Run:
+def batch(run: Callable[..., tuple[int, str, str]]) -> Batch:
     """`zquant run --prompt-file` with the toy, 32x32, two steps, into `out`."""
-    tokenizer = toy_engine.prompts.tokenizer
-    monkeypatch.setattr(Checkpoint, "tokenizer", lambda _: tokenizer)
-    monkeypatch.chdir(tmp_path)
 
     def call(lines: str, *words: str) -> tuple[int, str, str]:
         Path("prompts.txt").write_text(lines, encoding="utf-8")
-        given = ["--prompt-file", "prompts.txt", "--model", str(toy_folder), "--device", "cpu"]
-        given += ["--width", "32", "--height", "32", "--steps", "2", "--compute-dtype", "float32"]
-        given += [] if "--out" in words else ["--out", "out"]
-        code = main(["run", *given, *words])
-        return code, *capsys.readouterr()
+        out = [] if "--out" in words else ["--out", "out"]
+        return run("--prompt-file", "prompts.txt", *out, *words)
 
     return call
 
@@ -55,8 +41,8 @@ a hare
 """
 
 
-def test_every_line_becomes_pictures(run: Run) -> None:
-    code, out, err = run(LINES, "--seed", "7")
+def test_every_line_becomes_pictures(batch: Batch) -> None:
+    code, out, err = batch(LINES, "--seed", "7")
     assert code == 0
     assert out.splitlines() == [
         f"{Path('out', name)}.png  seed {seed}"
@@ -68,8 +54,8 @@ def test_every_line_becomes_pictures(run: Run) -> None:
     assert (recipe["prompt"], recipe["steps"], recipe["width"]) == ("a bear", 1, 32)
 
 
-def test_json_is_a_line_per_picture(run: Run) -> None:
-    code, out, _ = run("a fox\na hare\n", "--json")
+def test_json_is_a_line_per_picture(batch: Batch) -> None:
+    code, out, _ = batch("a fox\na hare\n", "--json")
     assert code == 0
     documents = [json.loads(line) for line in out.splitlines()]
     assert [d["recipe"]["seed"] for d in documents] == [0, 1]
@@ -91,29 +77,29 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, n: int) -> list[int]:
 
 
 def test_what_was_stopped_is_resumed_without_repeating_a_step(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = stop_after(monkeypatch, 3)
-    code, out, err = run("a fox\na hare\n")
+    code, out, err = batch("a fox\na hare\n")
     assert code == 130
     assert out == ""
     assert "stopping after this step" in err
     assert err.endswith("out: not complete; go on with --resume\nzquant: interrupted\n")
-    code, _, err = run("a fox\na hare\n")
+    code, _, err = batch("a fox\na hare\n")
     assert code == 1
     assert "--resume" in err
-    code, out, err = run("a fox\na hare\n", "--resume")
+    code, out, err = batch("a fox\na hare\n", "--resume")
     assert code == 0
     assert calls[0] == 4  # two pictures of two steps
     assert names() == ["0001.png", "0002.png"]
-    run("a fox\na hare\n", "--out", "whole")
+    batch("a fox\na hare\n", "--out", "whole")
     for name in names():
         assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
 
 
-def test_resuming_a_finished_job_paints_what_is_missing(run: Run) -> None:
-    run("a fox\n")
-    assert run("a fox\na hare\n", "--resume")[0] == 0
+def test_resuming_a_finished_job_paints_what_is_missing(batch: Batch) -> None:
+    batch("a fox\n")
+    assert batch("a fox\na hare\n", "--resume")[0] == 0
     assert names() == ["0001.png", "0002.png"]
 
 
@@ -126,19 +112,19 @@ WRONG = {
 
 @pytest.mark.parametrize(("lines", "code", "message"), WRONG.values(), ids=WRONG)
 def test_a_wrong_file_is_one_message_and_no_work(
-    run: Run, lines: str, code: int, message: str
+    batch: Batch, lines: str, code: int, message: str
 ) -> None:
     import re
 
-    got, out, err = run(lines)
+    got, out, err = batch(lines)
     assert (got, out) == (code, "")
     assert re.search(message, err)
     assert not Path("out").exists()
 
 
-def test_flags_that_do_not_go_with_many_prompts(run: Run, tmp_path: Path) -> None:
+def test_flags_that_do_not_go_with_many_prompts(batch: Batch, tmp_path: Path) -> None:
     for words in (["a fox"], ["--save-latents", "x.npy"], ["--out", "fox.png"]):
-        code, out, err = run("a fox", *words)
+        code, out, err = batch("a fox", *words)
         assert (code, out) == (2, "")
         assert "--prompt-file" in err
     assert main(["run", "a fox", "--resume", "--model", str(tmp_path)]) == 2
@@ -150,10 +136,10 @@ def test_many_pictures_need_a_folder(capsys: pytest.CaptureFixture[str], tmp_pat
 
 
 def test_prompts_that_a_console_cannot_show_are_still_json(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252"))
-    code, _, _ = run("狐狸 🦊\n", "--json")
+    code, _, _ = batch("狐狸 🦊\n", "--json")
     assert code == 0
     assert json.loads(written.getvalue())["recipe"]["prompt"] == "狐狸 🦊"
